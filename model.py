@@ -1,0 +1,123 @@
+"""The networks of the report, their loss, and loading saved weights."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from data import UserError, read_tensors
+
+
+class VAE(nn.Module):
+    """What both networks share: sampling z and the forward pass (Kingma & Welling, 2014).
+
+    A subclass gives `encode` and `decode`. Images are [N, 1, 28, 28] float32 in [0, 1],
+    latent vectors [N, latent_dim].
+    """
+
+    def reparameterize(self, mu, logvar):
+        """Draw z = μ + exp(½ log σ²) ⊙ ε with ε ~ N(0, I), all [N, latent_dim]."""
+        return mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
+
+    def forward(self, x):
+        """Return (reconstruction [N, 1, 28, 28] in [0, 1], mu, logvar)."""
+        mu, logvar = self.encode(x)
+        return self.decode(self.reparameterize(mu, logvar)), mu, logvar
+
+
+class ConvVAE(VAE):
+    """The report's convolutional VAE: 440,833 parameters at latent_dim = 32.
+
+    Layers carry the report's names, so a `state_dict` goes both ways between its class and this.
+    """
+
+    def __init__(self, latent_dim=32):
+        super().__init__()
+        self.enc1 = nn.Conv2d(1, 32, kernel_size=4, stride=2, padding=1)  # 32×14×14
+        self.enc2 = nn.Conv2d(32, 64, 4, 2, 1)  # 64×7×7
+        self.enc3 = nn.Conv2d(64, 128, 4, 2, 1)  # 128×3×3
+        self.fc_mu = nn.Linear(128 * 3 * 3, latent_dim)
+        self.fc_log = nn.Linear(128 * 3 * 3, latent_dim)
+        self.fc_dec = nn.Linear(latent_dim, 128 * 3 * 3)
+        self.dec1 = nn.ConvTranspose2d(128, 64, 4, 2, 1, output_padding=1)  # 64×7×7
+        self.dec2 = nn.ConvTranspose2d(64, 32, 4, 2, 1)  # 32×14×14
+        self.dec3 = nn.ConvTranspose2d(32, 1, 4, 2, 1)  # 1×28×28
+
+    def encode(self, x):
+        """Return μ(x) and log σ²(x), each [N, latent_dim]."""
+        h = F.relu(self.enc1(x))
+        h = F.relu(self.enc2(h))
+        h = F.relu(self.enc3(h)).flatten(1)
+        return self.fc_mu(h), self.fc_log(h)
+
+    def decode(self, z):
+        """Return images [N, 1, 28, 28] in [0, 1]."""
+        h = F.relu(self.fc_dec(z)).view(-1, 128, 3, 3)
+        h = F.relu(self.dec1(h))
+        h = F.relu(self.dec2(h))
+        return torch.sigmoid(self.dec3(h))
+
+
+class FullyConnectedVAE(VAE):
+    """784–400–latent_dim–400–784 with ReLU, after Kingma & Welling (2014); ConvVAE's interface.
+
+    The report compares its network with "a fully connected VAE" without describing it.
+    """
+
+    def __init__(self, latent_dim=32):
+        super().__init__()
+        self.fc_enc = nn.Linear(28 * 28, 400)
+        self.fc_mu = nn.Linear(400, latent_dim)
+        self.fc_log = nn.Linear(400, latent_dim)
+        self.fc_dec = nn.Linear(latent_dim, 400)
+        self.fc_out = nn.Linear(400, 28 * 28)
+
+    def encode(self, x):
+        """Return μ(x) and log σ²(x), each [N, latent_dim]."""
+        h = F.relu(self.fc_enc(x.flatten(1)))
+        return self.fc_mu(h), self.fc_log(h)
+
+    def decode(self, z):
+        """Return images [N, 1, 28, 28] in [0, 1]."""
+        h = F.relu(self.fc_dec(z))
+        return torch.sigmoid(self.fc_out(h)).view(-1, 1, 28, 28)
+
+
+MODELS = {"conv": ConvVAE, "fc": FullyConnectedVAE}
+
+
+def reconstruction_bce(recon_x, x):
+    """Binary cross-entropy −Σ [x log x̂ + (1−x) log(1−x̂)] in nats, summed over pixels and batch.
+
+    A NaN in `recon_x` gives NaN, where PyTorch's own function would abort (on CUDA for good).
+    """
+    bce = F.binary_cross_entropy(recon_x.nan_to_num(), x, reduction="sum")
+    return bce + 0 * recon_x.sum()
+
+
+def kl_divergence(mu, logvar):
+    """KL(N(μ, σ²) ‖ N(0, I)) = −½ Σ (1 + log σ² − μ² − σ²) in nats, summed like the BCE."""
+    return -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp())
+
+
+def loss_function(recon_x, x, mu, logvar):
+    """The report's loss, BCE + KLD in nats, summed over the batch: the negative ELBO."""
+    return reconstruction_bce(recon_x, x) + kl_divergence(mu, logvar)
+
+
+def load_model(path, device):
+    """Return the model whose `state_dict` is saved at `path`, on `device`.
+
+    Class and latent dimension are read from the weights. Raises UserError if the file is
+    missing, damaged, or holds the weights of another network.
+    """
+    remedy = "train with python train.py, which also restores a deleted weights file"
+    weights = read_tensors(path, remedy)
+    try:
+        kind = ConvVAE if "enc1.weight" in weights else FullyConnectedVAE
+        model = kind(latent_dim=len(weights["fc_mu.weight"]))
+        model.load_state_dict(weights)
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+        raise UserError(
+            f"{path} holds the weights of another network: {remedy}"
+        ) from error
+    return model.to(device)
