@@ -181,12 +181,15 @@ def to_bytes(value):
 
 
 def read_tensors(path, remedy):
-    """Return what torch.save wrote to `path`, on the CPU; code in the file is never run.
+    """Return the dict that torch.save wrote to `path`, on the CPU; code in it is never run.
 
     Raises UserError, which names `remedy`, unless the file is there and whole.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(tensors, dict):
+            raise TypeError("not a dict")
+        return tensors
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: {remedy}") from error
     except Exception as error:  # damaged bytes can raise almost anything
@@ -290,7 +293,7 @@ def command_line(description):
         type=available_device,
         default="auto",
         metavar="{auto,cpu,cuda,mps}",
-        help="-",
+        help="auto: a GPU if there is one",
     )
     return parser
 
