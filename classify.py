@@ -50,7 +50,9 @@ def main():
     print(f"Classification accuracy: {accuracy * 100:.2f}%")
 
     if args.baselines:
-        train_pixels, test_pixels = train_images.flatten(1), test_images.flatten(1)
+        # In float64 PCA, like μ, is the same on every machine.
+        train_pixels = train_images.flatten(1).double()
+        test_pixels = test_images.flatten(1).double()
         pca = PCA(settings["latent_dim"], random_state=42).fit(train_pixels)
         features = {
             "pixels": (train_pixels, test_pixels),

@@ -1,6 +1,7 @@
 """Fashion-MNIST as tensors, and what the three scripts share: a run's files and a command line."""
 
 import argparse
+import contextlib
 import csv
 import gzip
 import io
@@ -35,22 +36,14 @@ LATENT_SPACE = "latent_space.png"
 FIGURES = (LOSS_CURVES, RECONSTRUCTIONS, SAMPLES, CONFUSION_MATRIX, LATENT_SPACE)
 RUN_FILES = (STATE, CONFIG, WEIGHTS, LOSSES, CLASSIFICATION, METRICS, *FIGURES)
 
-SETTINGS = (
-    "model",
-    "latent_dim",
-    "batch_size",
-    "lr",
-    "seed",
-)  # two runs differ in these
+# The settings in which two runs differ, and the columns of the loss log.
+SETTINGS = ("model", "latent_dim", "batch_size", "lr", "seed")
 LOSS_COLUMNS = (
+    "epoch",
     *(
-        "epoch",
-        "train_loss",
-        "train_bce",
-        "train_kld",
-        "test_loss",
-        "test_bce",
-        "test_kld",
+        f"{split}_{term}"
+        for split in ("train", "test")
+        for term in ("loss", "bce", "kld")
     ),
     *("lr", "seconds"),
 )
@@ -77,25 +70,12 @@ def load_split(root, train):
     try:
         split = FashionMNIST(root, train=train)
         images, labels = split.data, split.targets
-        if (
-            images.shape[1:] != (28, 28)
-            or len(images) != len(labels)
-            or not len(labels)
-        ):
-            raise ValueError(
-                f"images {list(images.shape)}, labels {list(labels.shape)}"
-            )
+        if images.shape != (len(labels), 28, 28) or not len(labels):
+            raise ValueError("as many 28×28 images as labels, and some, are expected")
         if images.dtype != torch.uint8 or labels.min() < 0 or labels.max() > 9:
-            raise ValueError("not bytes, or labels beyond 9")
-    # What torchvision raises on damaged files depends on where the damage is.
-    except (
-        AssertionError,
-        IndexError,
-        KeyError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
+            raise ValueError("bytes, and labels from 0 to 9, are expected")
+    # What torchvision raises on a damaged file depends on where the damage is.
+    except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
         prefix = "train" if train else "t10k"
         raise UserError(
             f"{raw}/{prefix}-* are damaged or not Fashion-MNIST: delete and run again"
@@ -167,10 +147,10 @@ def write_files(contents):
         for path in contents:
             os.replace(temporary[path], path)
     except OSError as error:
+        for left_over in temporary.values():
+            with contextlib.suppress(OSError):
+                left_over.unlink()
         raise UserError(f"{path} cannot be written: {error.strerror}") from error
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
 
 
 def to_bytes(value):
@@ -214,6 +194,7 @@ def read_json(path, keys):
 
 
 def json_bytes(value):
+    """Return `value` as a JSON file's content."""
     return (json.dumps(value, indent=1) + "\n").encode()
 
 
@@ -228,9 +209,9 @@ def read_losses(path):
     try:
         for row in csv.DictReader(io.StringIO(path.read_text())):
             rows.append({column: float(row[column]) for column in LOSS_COLUMNS})
-            rows[-1]["epoch"] = int(row["epoch"])
-            if rows[-1]["epoch"] != len(rows) or not all(
-                map(math.isfinite, rows[-1].values())
+            rows[-1]["epoch"] = len(rows)
+            if row["epoch"] != str(len(rows)) or not math.isfinite(
+                sum(rows[-1].values())
             ):
                 raise ValueError("epochs out of order, or not finite")
     except (ValueError, KeyError, TypeError) as error:
@@ -241,6 +222,7 @@ def read_losses(path):
 
 
 def losses_bytes(rows):
+    """Return the content of a loss log; `read_losses` gives `rows` back, digit for digit."""
     text = io.StringIO()
     writer = csv.DictWriter(text, LOSS_COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -315,14 +297,15 @@ def available_device(name):
     return torch.device(name)
 
 
-def number(kind, least=None):
-    """Return an argparse type: a finite `kind`, at least `least` or, without it, above 0."""
+def number(kind, zero=False):
+    """Return an argparse type: a `kind` above 0 (or, with `zero`, at 0) and below 2^31."""
 
     def parse(text):
         value = kind(text)
-        if not math.isfinite(value) or (value <= 0 if least is None else value < least):
-            bound = "above 0" if least is None else f"from {least} on"
-            raise argparse.ArgumentTypeError(f"{text} is not a finite number {bound}")
+        if not (0 < value < 2**31 or (zero and value == 0)):  # NaN fails
+            raise argparse.ArgumentTypeError(
+                f"{text} is not a positive number below 2^31"
+            )
         return value
 
     parse.__name__ = kind.__name__  # argparse names it: "invalid int value"
@@ -334,10 +317,7 @@ def run_script(main):
     try:
         main()
     except KeyboardInterrupt:
-        print(
-            "\nInterrupted: the same command, without --fresh, goes on.",
-            file=sys.stderr,
-        )
+        print("Interrupted: the same command without --fresh goes on.", file=sys.stderr)
         sys.exit(130)
     except (UserError, OSError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")

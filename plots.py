@@ -57,9 +57,7 @@ def main():
     save(run / data.LATENT_SPACE, draw_latent_space(mu, labels))
     matrix = current_confusion_matrix(run, settings)
     if matrix is None:
-        print(
-            f"Not drawn: {data.CONFUSION_MATRIX}; first python classify.py --run {run}"
-        )
+        print(f"No {data.CONFUSION_MATRIX} yet: first python classify.py --run {run}")
     else:
         save(run / data.CONFUSION_MATRIX, draw_confusion_matrix(matrix))
 
@@ -172,6 +170,7 @@ def current_confusion_matrix(run, settings):
 
 
 def draw_confusion_matrix(matrix):
+    """Return the counts [10, 10], rows true and columns predicted, by class name."""
     figure, axis = plt.subplots(figsize=(8, 8), layout="constrained")
     display = ConfusionMatrixDisplay(
         torch.tensor(matrix).numpy(), display_labels=data.CLASSES
@@ -188,10 +187,7 @@ COLUMNS = {  # of the results table: how to have it from a run, and how many dec
     "Loss, epoch 1": (lambda run: run["log"][0]["train_loss"], 1),
     "Train loss": (lambda run: run["log"][-1]["train_loss"], 2),
     "Test loss": (lambda run: run["log"][-1]["test_loss"], 2),
-    "Test − train": (
-        lambda run: run["log"][-1]["test_loss"] - run["log"][-1]["train_loss"],
-        2,
-    ),
+    "Test − train": (lambda run: gap(run["log"][-1]), 2),
     "BCE − floor": (lambda run: run["excess_bce"], 2),
     "KLD": (lambda run: run["kld"], 2),
     "MSE × 1000": (lambda run: run["mse"] * 1000, 2),
@@ -206,7 +202,7 @@ def results_table(folder):
     """Return a Markdown table of the runs in folder/*/seed*, a row a setting.
 
     Cells are mean ± standard deviation over the n seeds. Below stand the baselines of the
-    classification, which depend on no seed.
+    classification, which depend on no seed. Raises UserError if there are no runs.
     """
     settings, baselines = {}, {}
     for path in sorted(folder.glob("*/seed*")):
@@ -220,6 +216,8 @@ def results_table(folder):
         if result["baselines"]:
             baselines["raw pixels", 28 * 28] = result["baselines"]["pixels"]
             baselines["PCA", latent_dim] = result["baselines"]["pca"]
+    if not settings:
+        raise data.UserError(f"{folder} holds no runs <setting>/seed<n>")
     rows = [["Codes", "Dimensions", "n", *COLUMNS], ["---"] * (3 + len(COLUMNS))]
     for (network, latent_dim), runs in sorted(settings.items()):
         cells = [
@@ -231,6 +229,11 @@ def results_table(folder):
         empty = [""] * (len(COLUMNS) - 1)
         rows.append([name, str(dimensions), "", *empty, f"{accuracy * 100:.2f}"])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def gap(row):
+    """Return test loss less train loss of an epoch, in nats per image."""
+    return row["test_loss"] - row["train_loss"]
 
 
 def spread(values, digits):

@@ -764,7 +764,7 @@ def test_baselines_survive_a_second_classification(run, easy_data):
 def test_an_outdated_confusion_matrix_is_not_drawn(run, easy_data, capsys):
     assert call("train.py", *train_options(run, easy_data, epochs=3))[0] == 0
     assert call("plots.py", "--run", run, "--data", easy_data)[0] == 0
-    assert f"Not drawn: {data.CONFUSION_MATRIX}" in capsys.readouterr().out
+    assert f"No {data.CONFUSION_MATRIX} yet" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------
@@ -813,6 +813,7 @@ def test_latent_means_are_the_encoder_s():
 
 
 def test_results_table_over_seeds(finished_run, tmp_path):
+    assert call("plots.py", "--table", tmp_path)[0] != 0  # nothing there yet
     for seed in range(2):
         shutil.copytree(finished_run, tmp_path / "setting" / f"seed{seed}")
     path = tmp_path / "setting" / "seed1" / data.CLASSIFICATION

@@ -14,92 +14,57 @@ import data
 from model import MODELS, kl_divergence, reconstruction_bce
 
 TEST_BATCH = 500
-CLEAR = (
-    "\r\033[K" if sys.stdout.isatty() else ""
-)  # the counter within an epoch, overwritten
+# What wipes the counter within an epoch; there is one on a terminal only.
+CLEAR = "\r\033[K" if sys.stdout.isatty() else ""
 
 
 def main():
-    parser = data.command_line(__doc__)
-    number = data.number
-    parser.add_argument("--epochs", type=number(int), default=100, help="in all")
-    parser.add_argument(
-        "--batch-size", type=number(int), default=128, help="images an update"
-    )
-    parser.add_argument(
-        "--lr", type=number(float), default=5e-4, help="Adam's learning rate"
-    )
-    parser.add_argument("--latent-dim", type=number(int), default=32, help="size of z")
-    parser.add_argument(
-        "--model", choices=MODELS, default="conv", help="fc: fully connected"
-    )
-    parser.add_argument(
-        "--seed", type=number(int, least=0), default=0, help="of all randomness"
-    )
-    parser.add_argument(
-        "--fresh", action="store_true", help="discard the run and start over"
-    )
-    args = parser.parse_args()
+    args = parse_arguments()
     run, device = args.run, args.device
 
     torch.manual_seed(args.seed)
-    model = MODELS[args.model](args.latent_dim).to(
-        device, memory_format=torch.channels_last
-    )
+    model = MODELS[args.model](args.latent_dim)
+    model.to(device, memory_format=torch.channels_last)
+    on_cuda = device.type == "cuda"
     optimizer = torch.optim.Adam(
-        model.parameters(), lr=args.lr, fused=True, capturable=device.type == "cuda"
+        model.parameters(), lr=args.lr, fused=True, capturable=on_cuda
     )
     settings = {name: getattr(args, name) for name in data.SETTINGS}
     log = [] if args.fresh else resume(run, settings, args.epochs, model, optimizer)
     if len(log) >= args.epochs:
-        print(
-            f"{run} is finished: {len(log)} epochs. More --epochs go on, --fresh starts over."
-        )
+        print(f"{run} is finished: {len(log)} epochs. To go on, give more --epochs.")
         return
-
     train_images = data.load_split(args.data, train=True)[0].to(device)
     test_images = data.load_split(args.data, train=False)[0].to(device)
     if args.fresh:
         for name in data.RUN_FILES:
             (run / name).unlink(missing_ok=True)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    made_with = {
-        "parameters": parameters,
-        "torch": torch.__version__,
-        "device": describe(device),
-    }
-    config = {**settings, "epochs": args.epochs, **made_with}
-    data.write_files({run / data.CONFIG: data.json_bytes(config)})
-    print(
-        f"{type(model).__name__}, latent_dim {args.latent_dim}: {parameters:,} parameters"
-    )
-    print(f"Epochs {len(log) + 1} to {args.epochs} on {describe(device)}, into {run}")
+    begin(run, {**settings, "epochs": args.epochs}, model, device, len(log) + 1)
+
+    def train_step(x):
+        return update(model, optimizer, x)
 
     def test_step(x):
         with torch.no_grad():
             return loss_terms(model, x)
 
-    def train_step(x):
-        return update(model, optimizer, x)
-
-    if device.type == "cuda":
+    if on_cuda:
         torch.backends.cudnn.allow_tf32 = False  # float32, as everywhere else
         torch.backends.cudnn.benchmark = True
         train_step = CapturedStep(train_step, args.batch_size)
-    # glibc gives the memory of every step back to the system and pays to have it again. Freeing
-    # one block of nearly 32 MiB, the most it takes account of, ends that (see mallopt(3)).
+    # glibc gives the memory of each step back to the system and pays to have it again.
+    # Freeing a block of nearly 32 MiB, the most it heeds, ends that (see mallopt(3)).
     torch.empty(31 * 2**20, dtype=torch.uint8)
 
     for epoch in range(len(log) + 1, args.epochs + 1):
         start = time.perf_counter()
-        # Each epoch has a seed of its own, so that a run can go on without a random state.
+        # An epoch has a seed of its own, so that a run goes on without a random state.
         torch.manual_seed((args.seed * 1_000_003 + epoch) % 2**32)
-        order = torch.randperm(len(train_images), device=device)
-        train = mean_losses(
-            train_step, train_images, order.split(args.batch_size), epoch
-        )
-        order = torch.arange(len(test_images), device=device)
-        test = mean_losses(test_step, test_images, order.split(TEST_BATCH), epoch)
+        shuffled = torch.randperm(len(train_images), device=device)
+        batches = shuffled.split(args.batch_size)
+        train = mean_losses(train_step, train_images, batches, epoch)
+        batches = torch.arange(len(test_images), device=device).split(TEST_BATCH)
+        test = mean_losses(test_step, test_images, batches, epoch)
         seconds = time.perf_counter() - start
 
         row = (epoch, sum(train), *train, sum(test), *test, args.lr, seconds)
@@ -107,12 +72,36 @@ def main():
         save(run, model, optimizer, log)
         left = timedelta(seconds=round(seconds * (args.epochs - epoch)))
         print(
-            f"{CLEAR}Epoch {epoch}: Train loss {sum(train):.2f}, Test loss {sum(test):.2f},"
-            f" {seconds:.2f} s, {left} left",
+            f"{CLEAR}Epoch {epoch}: Train loss {sum(train):.2f}, "
+            f"Test loss {sum(test):.2f}, {seconds:.2f} s, {left} left",
             flush=True,
         )
     speed = len(train_images) * len(log) / sum(row["seconds"] for row in log)
     print(f"Mean of the run: {speed:,.0f} training images/s, test passes included")
+
+
+def parse_arguments():
+    """Return the command line's settings; the defaults are the report's."""
+    parser = data.command_line(__doc__)
+    count = data.number(int)
+    for name, kind, default, meaning in (
+        ("--epochs", count, 100, "epochs in all"),
+        ("--batch-size", count, 128, "images in an update"),
+        ("--lr", data.number(float), 5e-4, "learning rate of Adam"),
+        ("--latent-dim", count, 32, "dimensions of the latent code"),
+        ("--seed", data.number(int, zero=True), 0, "of weights, order and noise"),
+    ):
+        parser.add_argument(name, type=kind, default=default, help=meaning)
+    parser.add_argument(
+        "--model",
+        choices=MODELS,
+        default="conv",
+        help="convolutional or fully connected",
+    )
+    parser.add_argument(
+        "--fresh", action="store_true", help="start over, discarding the run"
+    )
+    return parser.parse_args()
 
 
 def loss_terms(model, x):
@@ -170,7 +159,7 @@ def mean_losses(step, images, batches, epoch):
             looked = time.perf_counter()
             if not terms[-1].isfinite().all():
                 break
-            if sys.stdout.isatty():
+            if CLEAR:
                 print(
                     f"{CLEAR}Epoch {epoch}: {done:,} of {len(images):,}",
                     end="",
@@ -184,6 +173,22 @@ def mean_losses(step, images, batches, epoch):
             f" ({epoch - 1} finished epochs are kept)"
         )
     return means.tolist()
+
+
+def begin(run, settings, model, device, epoch):
+    """Write the settings of the run and where it is made; say so on the terminal."""
+    where = device.type
+    if where == "cuda":
+        where += f" ({torch.cuda.get_device_name(device)})"
+    config = {
+        **settings,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "torch": torch.__version__,
+        "device": where,
+    }
+    data.write_files({run / data.CONFIG: data.json_bytes(config)})
+    print(f"{type(model).__name__}, {config['parameters']:,} parameters, on {where}")
+    print(f"Epochs {epoch} to {settings['epochs']}, in {run}", flush=True)
 
 
 def save(run, model, optimizer, log):
@@ -241,13 +246,6 @@ def resume(run, settings, epochs, model, optimizer):
     if log != state_log or not (run / data.WEIGHTS).exists():
         save(run, model, optimizer, state_log)  # `save` was killed between two renames
     return state_log
-
-
-def describe(device):
-    """Return the device's type with its name or, for a CPU, its number of threads."""
-    if device.type == "cuda":
-        return f"cuda ({torch.cuda.get_device_name(device)})"
-    return f"{device.type} ({torch.get_num_threads()} threads)"
 
 
 if __name__ == "__main__":
