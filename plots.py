@@ -135,7 +135,7 @@ def draw_samples(pictures):
 
 def show(axis, picture):
     """Show one image [1, 28, 28], black 0 and white 1, without ticks."""
-    axis.imshow(picture[0], cmap="gray", vmin=0, vmax=1)
+    axis.imshow(picture[0].numpy(), cmap="gray", vmin=0, vmax=1)
     axis.set(xticks=[], yticks=[])
 
 
