@@ -24,6 +24,25 @@ class VAE(nn.Module):
         return self.decode(self.reparameterize(mu, logvar)), mu, logvar
 
 
+class TransposedConv2d(nn.ConvTranspose2d):
+    """nn.ConvTranspose2d, the same up to rounding, in the way that is fastest on a CPU.
+
+    oneDNN, which convolves for PyTorch there, is slow with a bias, so it is added apart,
+    and with a single output channel, for which PyTorch's own kernel is faster.
+    """
+
+    def forward(self, x):
+        """Return [N, out_channels, H', W'] of x, [N, in_channels, H, W]."""
+        torch.backends.mkldnn.enabled = self.out_channels > 1
+        try:
+            y = F.conv_transpose2d(
+                x, self.weight, None, self.stride, self.padding, self.output_padding
+            )
+        finally:
+            torch.backends.mkldnn.enabled = True
+        return y.add_(self.bias.view(-1, 1, 1))
+
+
 class ConvVAE(VAE):
     """The report's convolutional VAE: 440,833 parameters at latent_dim = 32.
 
@@ -38,22 +57,22 @@ class ConvVAE(VAE):
         self.fc_mu = nn.Linear(128 * 3 * 3, latent_dim)
         self.fc_log = nn.Linear(128 * 3 * 3, latent_dim)
         self.fc_dec = nn.Linear(latent_dim, 128 * 3 * 3)
-        self.dec1 = nn.ConvTranspose2d(128, 64, 4, 2, 1, output_padding=1)  # 64×7×7
-        self.dec2 = nn.ConvTranspose2d(64, 32, 4, 2, 1)  # 32×14×14
-        self.dec3 = nn.ConvTranspose2d(32, 1, 4, 2, 1)  # 1×28×28
+        self.dec1 = TransposedConv2d(128, 64, 4, 2, 1, output_padding=1)  # 64×7×7
+        self.dec2 = TransposedConv2d(64, 32, 4, 2, 1)  # 32×14×14
+        self.dec3 = TransposedConv2d(32, 1, 4, 2, 1)  # 1×28×28
 
     def encode(self, x):
         """Return μ(x) and log σ²(x), each [N, latent_dim]."""
-        h = F.relu(self.enc1(x))
-        h = F.relu(self.enc2(h))
-        h = F.relu(self.enc3(h)).flatten(1)
+        h = F.relu_(self.enc1(x))
+        h = F.relu_(self.enc2(h))
+        h = F.relu_(self.enc3(h)).flatten(1)
         return self.fc_mu(h), self.fc_log(h)
 
     def decode(self, z):
         """Return images [N, 1, 28, 28] in [0, 1]."""
-        h = F.relu(self.fc_dec(z)).view(-1, 128, 3, 3)
-        h = F.relu(self.dec1(h))
-        h = F.relu(self.dec2(h))
+        h = F.relu_(self.fc_dec(z)).view(-1, 128, 3, 3)
+        h = F.relu_(self.dec1(h))
+        h = F.relu_(self.dec2(h))
         return torch.sigmoid(self.dec3(h))
 
 
@@ -73,12 +92,12 @@ class FullyConnectedVAE(VAE):
 
     def encode(self, x):
         """Return μ(x) and log σ²(x), each [N, latent_dim]."""
-        h = F.relu(self.fc_enc(x.flatten(1)))
+        h = F.relu_(self.fc_enc(x.flatten(1)))
         return self.fc_mu(h), self.fc_log(h)
 
     def decode(self, z):
         """Return images [N, 1, 28, 28] in [0, 1]."""
-        h = F.relu(self.fc_dec(z))
+        h = F.relu_(self.fc_dec(z))
         return torch.sigmoid(self.fc_out(h)).view(-1, 1, 28, 28)
 
 
