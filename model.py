@@ -109,8 +109,9 @@ def reconstruction_bce(recon_x, x):
 
     A NaN in `recon_x` gives NaN, where PyTorch's own function would abort (on CUDA for good).
     """
-    bce = F.binary_cross_entropy(recon_x.nan_to_num(), x, reduction="sum")
-    return bce + 0 * recon_x.sum()
+    broken = recon_x.isnan()
+    bce = F.binary_cross_entropy(recon_x.masked_fill(broken, 0), x, reduction="sum")
+    return bce.masked_fill(broken.any(), torch.nan)
 
 
 def kl_divergence(mu, logvar):
