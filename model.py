@@ -25,10 +25,10 @@ class VAE(nn.Module):
 
 
 class TransposedConv2d(nn.ConvTranspose2d):
-    """nn.ConvTranspose2d, the same up to rounding, in the way that is fastest on a CPU.
+    """nn.ConvTranspose2d in the form that is fastest on a CPU, equal to it up to rounding.
 
-    oneDNN, which convolves for PyTorch there, is slow with a bias, so it is added apart,
-    and with a single output channel, for which PyTorch's own kernel is faster.
+    oneDNN, with which PyTorch convolves there, is slow at a bias, so it is added apart, and
+    at a single output channel, which is left to PyTorch's own kernel.
     """
 
     def forward(self, x):
