@@ -27,12 +27,13 @@ class VAE(nn.Module):
 class TransposedConv2d(nn.ConvTranspose2d):
     """nn.ConvTranspose2d in the form that is fastest on a CPU, equal to it up to rounding.
 
-    oneDNN, with which PyTorch convolves there, is slow at a bias, so it is added apart, and
-    at a single output channel, which is left to PyTorch's own kernel.
+    oneDNN, with which PyTorch convolves there, is slow with a bias, so it is added apart, and
+    with a single output channel, which is left to PyTorch's own kernel.
     """
 
     def forward(self, x):
         """Return [N, out_channels, H', W'] of x, [N, in_channels, H, W]."""
+        # The context manager `mkldnn.flags` would do, but prints a warning about TF32.
         torch.backends.mkldnn.enabled = self.out_channels > 1
         try:
             y = F.conv_transpose2d(

@@ -158,7 +158,7 @@ def assert_same_training(run, other):
 
 
 class ReportVAE(nn.Module):
-    """The report's network, written from its table, to exchange weights with."""
+    """The report's network, written from its table: what ConvVAE is compared with."""
 
     def __init__(self, d):
         super().__init__()
