@@ -14,46 +14,40 @@ BATCH = 128
 
 def main():
     parser = data.command_line(__doc__)
-    parser.add_argument(
-        "--baselines",
-        action="store_true",
-        help="also fit the forest on raw pixels and on PCA of as many dimensions",
-    )
+    parser.add_argument("--baselines", action="store_true", help="also try raw pixels and PCA")
     args = parser.parse_args()
-    run = args.run
-    settings, _ = data.read_run(run)
-    model = load_model(run / data.WEIGHTS, args.device)
-    baselines = None
-    if (
-        run / data.CLASSIFICATION
-    ).exists():  # earlier ones stay: no weights are in them
-        baselines = data.read_json(run / data.CLASSIFICATION, ["baselines"])[
-            "baselines"
-        ]
+    run = data.read_run(args.run)
+    latent_dim = run.settings["latent_dim"]
+    model = load_model(run, args.device)
+    # Baselines depend on no weights, so those of an earlier classification stay.
+    path = run.path / data.CLASSIFICATION
+    baselines = data.read(path).get("baselines") if path.exists() else None
     train_images, train_labels = data.load_split(args.data, train=True)
     test_images, test_labels = data.load_split(args.data, train=False)
+    most = min(len(train_images), 28 * 28)
+    if args.baselines and latent_dim > most:
+        raise data.UserError(f"--baselines: PCA has {most} dimensions at most, not {latent_dim}")
 
-    metrics = figures_of_merit(model, test_images.to(args.device))
-    train_mu, test_mu = (
-        latent_means(model, train_images),
-        latent_means(model, test_images),
-    )
-    metrics["active_dimensions"] = active_dimensions(test_mu)
-    matrix = confusion_matrix(
-        test_labels,
-        fit_forest(train_mu, train_labels).predict(test_mu),
-        labels=range(len(data.CLASSES)),
-    )
+    merit = figures_of_merit(model, test_images.to(args.device))
+    train_mu = latent_means(model, train_images)
+    test_mu = latent_means(model, test_images)
+    # The criterion for an active unit of Burda, Grosse & Salakhutdinov (2016).
+    merit["active_dimensions"] = (test_mu.var(dim=0) > 0.01).sum().item()
+
+    predicted = fit_forest(train_mu, train_labels).predict(test_mu)
+    matrix = confusion_matrix(test_labels, predicted, labels=range(len(data.CLASSES)))
     accuracy = matrix.trace() / matrix.sum()
     recall = matrix.diagonal() / matrix.sum(axis=1).clip(min=1)
-    print_matrix(matrix, recall)
+    print("Confusion matrix: a row a true class, a column a predicted one, in the same order")
+    for name, counts, share in zip(data.CLASSES, matrix, recall):
+        print(f"{name:11}", *(f"{count:4}" for count in counts), f"{share * 100:6.1f}% right")
     print(f"Classification accuracy: {accuracy * 100:.2f}%")
 
     if args.baselines:
         # In float64 PCA, like μ, is the same on every machine.
         train_pixels = train_images.flatten(1).double()
         test_pixels = test_images.flatten(1).double()
-        pca = PCA(settings["latent_dim"], random_state=42).fit(train_pixels)
+        pca = PCA(latent_dim, random_state=42).fit(train_pixels)
         features = {
             "pixels": (train_pixels, test_pixels),
             "pca": (pca.transform(train_pixels), pca.transform(test_pixels)),
@@ -62,22 +56,19 @@ def main():
         for name, (train, test) in features.items():
             baselines[name] = fit_forest(train, train_labels).score(test, test_labels)
             print(f"The same forest on {name}: {baselines[name] * 100:.2f}%")
-    for name, value in metrics.items():
+    for name, value in merit.items():
         print(f"{name}: {value:.4g}")
 
-    classification = {
+    found = {
+        "epoch": len(run.log),
+        "sha256": data.digest(run.weights),
         "accuracy": accuracy,
         "recall": dict(zip(data.CLASSES, recall)),
         "confusion_matrix": matrix.tolist(),
         "baselines": baselines,
-        "settings": settings,
+        **merit,
     }
-    data.write_files(
-        {
-            run / data.CLASSIFICATION: data.json_bytes(classification),
-            run / data.METRICS: data.json_bytes(metrics),
-        }
-    )
+    data.write(path, found)
 
 
 def fit_forest(features, labels):
@@ -120,15 +111,15 @@ def figures_of_merit(model, images):
     samples = torch.cat([model.decode(z) for z in torch.randn_like(mu).split(BATCH)])
     bce = reconstruction_bce(reconstructions, images).item() / len(images)
     bce_floor = reconstruction_bce(images, images).item() / len(images)
+    energy = gradient_energy(images)
     return {
         "bce": bce,
         "kld": kl_divergence(mu, logvar).item() / len(images),
         "bce_floor": bce_floor,
         "excess_bce": bce - bce_floor,
         "mse": F.mse_loss(reconstructions, images).item(),
-        "sharpness_reconstructions": gradient_energy(reconstructions)
-        / gradient_energy(images),
-        "sharpness_samples": gradient_energy(samples) / gradient_energy(images),
+        "sharpness_reconstructions": gradient_energy(reconstructions) / energy,
+        "sharpness_samples": gradient_energy(samples) / energy,
     }
 
 
@@ -141,27 +132,5 @@ def gradient_energy(images):
     return (dy.square().sum() + dx.square().sum()).item() / len(images)
 
 
-def active_dimensions(mu):
-    """Return how many columns of mu [N, latent_dim] vary by more than 0.01 over the images.
-
-    The criterion for an active unit of Burda, Grosse & Salakhutdinov (2016).
-    """
-    return (mu.var(dim=0) > 0.01).sum().item()
-
-
-def print_matrix(matrix, recall):
-    """Print the confusion matrix, rows true and columns predicted, with totals and recall."""
-    width = max(map(len, data.CLASSES))
-    print(
-        f"{'true / predicted':{width}}",
-        *(f"{name[:6]:>6}" for name in data.CLASSES),
-        end="",
-    )
-    print("   true recall")
-    for name, row, share in zip(data.CLASSES, matrix, recall):
-        print(f"{name:{width}}", *(f"{count:6}" for count in row), end="")
-        print(f" {row.sum():6} {share * 100:5.1f}%")
-
-
 if __name__ == "__main__":
-    data.run_script(main)
+    data.run_script(main, "nothing is written; the same command starts over")

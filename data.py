@@ -4,49 +4,24 @@ import argparse
 import contextlib
 import csv
 import gzip
+import hashlib
 import io
 import json
 import math
 import os
-import shutil
 import sys
 import tempfile
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import urlparse
 
 import torch
 from torchvision.datasets import FashionMNIST
+from torchvision.datasets.utils import extract_archive
 
 CLASSES = FashionMNIST.classes
 DEBIAN_PACKAGE = Path("/usr/share/datasets/fashion-mnist")
-
-# The files of a run, a folder that train.py fills and classify.py and plots.py read.
-CONFIG = "config.json"
-WEIGHTS = "convvae_fashionmnist.pth"
-LOSSES = "losses.csv"
-STATE = "state.pth"
-CLASSIFICATION = "classification.json"
-METRICS = "metrics.json"
-LOSS_CURVES = "loss_curves.png"
-RECONSTRUCTIONS = "reconstructions.png"
-SAMPLES = "samples.png"
-CONFUSION_MATRIX = "confusion_matrix.png"
-LATENT_SPACE = "latent_space.png"
-FIGURES = (LOSS_CURVES, RECONSTRUCTIONS, SAMPLES, CONFUSION_MATRIX, LATENT_SPACE)
-RUN_FILES = (STATE, CONFIG, WEIGHTS, LOSSES, CLASSIFICATION, METRICS, *FIGURES)
-
-# The settings in which two runs differ, and the columns of the loss log.
-SETTINGS = ("model", "latent_dim", "batch_size", "lr", "seed")
-LOSS_COLUMNS = (
-    "epoch",
-    *(
-        f"{split}_{term}"
-        for split in ("train", "test")
-        for term in ("loss", "bce", "kld")
-    ),
-    *("lr", "seconds"),
-)
 
 
 class UserError(Exception):
@@ -70,15 +45,14 @@ def load_split(root, train):
     try:
         split = FashionMNIST(root, train=train)
         images, labels = split.data, split.targets
-        if images.shape != (len(labels), 28, 28) or not len(labels):
-            raise ValueError("as many 28×28 images as labels, and some, are expected")
-        if images.dtype != torch.uint8 or labels.min() < 0 or labels.max() > 9:
-            raise ValueError("bytes, and labels from 0 to 9, are expected")
+        bytes_as_expected = images.shape == (len(labels), 28, 28) and images.dtype == torch.uint8
+        if not bytes_as_expected or labels.min() < 0 or labels.max() > 9:
+            raise ValueError("not as many 28×28 images as labels from 0 to 9")
     # What torchvision raises on a damaged file depends on where the damage is.
     except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        prefix = "train" if train else "t10k"
+        files = f"{raw}/{'train' if train else 't10k'}-*"
         raise UserError(
-            f"{raw}/{prefix}-* are damaged or not Fashion-MNIST: delete and run again"
+            f"{files} are damaged or not Fashion-MNIST: delete and run again"
         ) from error
     return images.unsqueeze(1).float().div_(255), labels
 
@@ -91,161 +65,204 @@ def complete_raw_files(raw):
         return
     raw.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=raw) as staging:
-        for folder in (raw, DEBIAN_PACKAGE):
-            if all((folder / f"{name}.gz").exists() for name in missing):
-                files = [unpack(folder / f"{name}.gz", staging) for name in missing]
-                break
-        else:
-            download(staging, raw)
-            files = [Path(staging, "FashionMNIST", "raw", name) for name in missing]
-        for file in files:
-            os.replace(file, raw / file.name)
-
-
-def unpack(archive, folder):
-    """Unpack `archive`, a .gz file, into `folder`; return the new file's path."""
-    target = Path(folder, archive.stem)
-    try:
-        with gzip.open(archive) as source, open(target, "wb") as file:
-            shutil.copyfileobj(source, file)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{archive} is damaged ({error}): replace it") from error
-    return target
-
-
-def download(root, raw):
-    """Let torchvision download and check the data set; `raw` is named if it cannot."""
-    try:
-        FashionMNIST(root, download=True)
-    except RuntimeError as error:
-        hosts = ", ".join(urlparse(mirror).netloc for mirror in FashionMNIST.mirrors)
-        raise UserError(
-            f"no Fashion-MNIST: {raw} lacks it, the Debian package is not installed, and"
-            f" {hosts} could not be reached. Either: apt-get install dataset-fashion-mnist."
-            f" Or: put its four files (train-* and t10k-*, .gz or unpacked) into {raw}"
-        ) from error
+        staged = Path(staging, "FashionMNIST", "raw")  # where torchvision's download goes
+        try:
+            for folder in (raw, DEBIAN_PACKAGE):
+                if all((folder / f"{name}.gz").exists() for name in missing):
+                    staged.mkdir(parents=True)
+                    for name in missing:
+                        extract_archive(folder / f"{name}.gz", staged)
+                    break
+            else:
+                FashionMNIST(staging, download=True)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise UserError(f"{folder / name}.gz is damaged ({error}): replace it") from error
+        except RuntimeError as error:
+            hosts = ", ".join(urlparse(mirror).netloc for mirror in FashionMNIST.mirrors)
+            raise UserError(
+                f"no Fashion-MNIST in {raw}, nor as a Debian package, and {hosts} could not be"
+                " reached. Either: apt-get install dataset-fashion-mnist. Or: put the four files"
+                f" (train-* and t10k-*, .gz or unpacked) into {raw}"
+            ) from error
+        for name in missing:
+            os.replace(staged / name, raw / name)
 
 
 # ------------------------------------------------------------------------------------------
-# The files of a run
+# A run: its settings and its files
 
 
-def write_files(contents):
-    """Write `contents`, {path: bytes}, so that each file is replaced whole or not at all.
+def between(kind, low, high):
+    """Return an argparse type: a `kind` (int or float) from `low` to `high`."""
 
-    Every file is on the disk under a temporary name before the first is renamed: a full disk
-    leaves all of them as they were. Raises UserError if one cannot be written.
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:  # nor is NaN
+            raise ValueError
+        return value
+
+    parse.__name__ = f"{kind.__name__} from {low} to {high}"  # argparse: "invalid … value: '0'"
+    return parse
+
+
+LARGE = 2**31 - 1
+# As options of train.py. A run made before a setting existed has its default.
+SETTINGS = {
+    "model": {"choices": ("conv", "fc"), "default": "conv", "help": "ConvVAE or fully connected"},
+    "latent_dim": {"type": between(int, 1, 4096), "default": 32, "help": "of the latent code"},
+    "batch_size": {"type": between(int, 1, LARGE), "default": 128, "help": "images per update"},
+    "lr": {"type": between(float, 1e-12, 1e3), "default": 5e-4, "help": "learning rate of Adam"},
+    "seed": {"type": between(int, 0, LARGE), "default": 0, "help": "of weights, order and noise"},
+}
+LOSSES = [f"{split}_{loss}" for split in ("train", "test") for loss in ("loss", "bce", "kld")]
+LOG_COLUMNS = ("epoch", *LOSSES, "lr", "seconds")
+
+STATE = "state.pth"  # the run itself; the next three are views of it
+CONFIG = "config.json"
+WEIGHTS = "convvae_fashionmnist.pth"
+LOG = "losses.csv"
+CLASSIFICATION = "classification.json"
+RUN_FILES = (STATE, CONFIG, WEIGHTS, LOG, CLASSIFICATION)
+
+ANOTHER_RUN = "choose another --run, or delete the folder"
+RESTORE = f"the train.py command of the run restores it from {STATE}; without that, {ANOTHER_RUN}"
+REMEDIES = {STATE: ANOTHER_RUN, CLASSIFICATION: "delete it, then python classify.py"}
+
+
+class Run(NamedTuple):
+    """A run as `read_run` finds it."""
+
+    path: Path
+    settings: dict  # a value for each of SETTINGS
+    log: list  # a dict of LOG_COLUMNS for each finished epoch, losses in nats per image
+    weights: dict | None  # a state_dict, or None where a published run comes without
+
+
+def read_run(path):
+    """Return the run in the folder `path`, and remark on it if it is unfinished.
+
+    Raises UserError if there is none, or if its files are damaged or disagree.
     """
-    temporary = {path: path.with_name(path.name + ".tmp") for path in contents}
-    try:
-        for path, content in contents.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary[path], "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        for path in contents:
-            os.replace(temporary[path], path)
-    except OSError as error:
-        for left_over in temporary.values():
-            with contextlib.suppress(OSError):
-                left_over.unlink()
-        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+    if not any((path / name).exists() for name in RUN_FILES):
+        raise UserError(f"no run in {path}: python train.py --run {path} makes one")
+    config, log = read(path / CONFIG), read(path / LOG)
+    weights = read(path / WEIGHTS) if (path / WEIGHTS).exists() else None
+    if (path / STATE).exists():
+        state = read(path / STATE)
+        same = (config, log) == (state["config"], state["log"])
+        if not same or weights and digest(weights) != digest(state["model"]):
+            raise UserError(
+                f"files in {path} differ from its {STATE}: unless train.py is just writing them,"
+                " its command for this run restores them"
+            )
+    if len(log) < config["epochs"]:
+        print(f"Remark: {path} is at epoch {len(log)} of {config['epochs']}.", file=sys.stderr)
+    return Run(path, settings_of(config), log, weights)
 
 
-def to_bytes(value):
-    """Return what torch.save would write."""
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
+def read_classification(run):
+    """Return what classify.py found for the weights of `run`, or None, with a remark.
 
-
-def read_tensors(path, remedy):
-    """Return the dict that torch.save wrote to `path`, on the CPU; code in it is never run.
-
-    Raises UserError, which names `remedy`, unless the file is there and whole.
+    Epochs are compared, and the weights' digests where there are weights and a digest.
     """
+    path, remark = run.path / CLASSIFICATION, "is missing"
+    if path.exists():
+        found = read(path)
+        sha256 = run.weights and digest(run.weights)
+        if found["epoch"] == len(run.log) and sha256 in (None, found.get("sha256", sha256)):
+            return found
+        remark = "is of other weights than the run has now"
+    print(f"Remark: {path} {remark}: python classify.py --run {run.path}", file=sys.stderr)
+    return None
+
+
+def read(path):
+    """Return what `write` put into a file of a run. Code in it is never run.
+
+    Raises UserError if it is missing, damaged, or lacks what its name promises.
+    """
+    remedy = REMEDIES.get(path.name, RESTORE)
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(tensors, dict):
-            raise TypeError("not a dict")
-        return tensors
+        if path.suffix == ".pth":
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            text = path.read_text(encoding="utf-8")
+            content = json.loads(text) if path.suffix == ".json" else parse_log(text)
+        if path.name == STATE:
+            settings_of(content["config"]), digest(content["model"])
+            content["optimizer"], content["log"]
+        elif path.name == CONFIG:
+            settings_of(content)
+        elif path.name == WEIGHTS:
+            digest(content)
+        elif path.name == CLASSIFICATION:
+            content["epoch"], content["accuracy"], content["confusion_matrix"]
+        return content
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: {remedy}") from error
     except Exception as error:  # damaged bytes can raise almost anything
-        raise UserError(
-            f"{path} is damaged or not made by train.py: {remedy}"
-        ) from error
+        raise UserError(f"{path} is damaged ({type(error).__name__}): {remedy}") from error
 
 
-def read_json(path, keys):
-    """Return the dict in a JSON file; UserError unless it can be read and has all `keys`."""
-    try:
-        value = json.loads(path.read_bytes())
-        for key in keys:
-            value[key]
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} does not parse ({type(error).__name__}: {error})"
-        ) from error
-    return value
+def settings_of(config):
+    """Return the settings in a config; ValueError if one is impossible, or `epochs` is."""
+    settings = {name: config.get(name, option["default"]) for name, option in SETTINGS.items()}
+    for name, value in {**settings, "epochs": config["epochs"]}.items():
+        option = SETTINGS.get(name, {"default": 1})
+        if value not in option.get("choices", [type(option["default"])(value)]):
+            raise ValueError(f"{name} {value}")
+    return settings
 
 
-def json_bytes(value):
-    """Return `value` as a JSON file's content."""
-    return (json.dumps(value, indent=1) + "\n").encode()
+def digest(weights):
+    """Return the SHA-256 of a state_dict's names, shapes and values, whatever file it was in."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        sha.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
 
 
-def read_losses(path):
-    """Return the rows of a loss log, one dict an epoch from 1 on; none if there is no log.
-
-    Losses are in nats per image. Raises UserError if the file does not parse.
-    """
-    if not path.exists():
-        return []
-    rows = []
-    try:
-        for row in csv.DictReader(io.StringIO(path.read_text())):
-            rows.append({column: float(row[column]) for column in LOSS_COLUMNS})
-            rows[-1]["epoch"] = len(rows)
-            if row["epoch"] != str(len(rows)) or not math.isfinite(
-                sum(rows[-1].values())
-            ):
-                raise ValueError("epochs out of order, or not finite")
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path}, epoch {len(rows)}, does not parse ({error})"
-        ) from error
+def parse_log(text):
+    """Return the rows of a loss log, one dict an epoch; an exception if it is damaged or empty."""
+    lines = csv.DictReader(io.StringIO(text))
+    rows = [{column: float(line[column]) for column in LOG_COLUMNS} for line in lines]
+    for epoch, row in enumerate(rows, start=1):
+        if row["epoch"] != epoch or not math.isfinite(sum(row.values())):
+            raise ValueError("epochs out of order, or not finite")
+        row["epoch"] = epoch
+    if not rows:
+        raise ValueError("no epoch")
     return rows
 
 
-def losses_bytes(rows):
-    """Return the content of a loss log; `read_losses` gives `rows` back, digit for digit."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, LOSS_COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode()
+def write(path, content):
+    """Write `content` to `path` in the format of its suffix, whole or not at all.
 
-
-def read_run(run):
-    """Return the settings (a dict) and the loss log of a run, and remark if it is unfinished.
-
-    Raises UserError if there is no run, or no finished epoch in it.
+    .pth: what torch.save takes; .json: what json.dumps takes; .csv: a loss log; .png: a figure.
+    Raises UserError if it cannot be written.
     """
-    if not (run / CONFIG).exists():
-        raise UserError(f"no run in {run}: make one with python train.py --run {run}")
-    config = read_json(run / CONFIG, (*SETTINGS, "epochs"))
-    log = read_losses(run / LOSSES)
-    if not log:
-        raise UserError(f"{run} has no finished epoch yet: python train.py --run {run}")
-    if len(log) < config["epochs"]:
-        print(
-            f"Remark: {run} is unfinished, at epoch {len(log)} of {config['epochs']}."
-        )
-    return {**{name: config[name] for name in SETTINGS}, "epochs": len(log)}, log
+    buffer = io.BytesIO()
+    if path.suffix == ".pth":
+        torch.save(content, buffer)
+    elif path.suffix == ".json":
+        buffer.write(f"{json.dumps(content, indent=1)}\n".encode())
+    elif path.suffix == ".csv":
+        for line in (LOG_COLUMNS, *([row[name] for name in LOG_COLUMNS] for row in content)):
+            buffer.write(f"{','.join(map(str, line))}\n".encode())
+    else:
+        content.savefig(buffer, format="png", dpi=120, bbox_inches="tight")
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
 
 
 # ------------------------------------------------------------------------------------------
@@ -261,63 +278,25 @@ class OneLineParser(argparse.ArgumentParser):
 
 def command_line(description):
     """Return a parser with the options that the three scripts share."""
-    parser = OneLineParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument(
-        "--run", type=Path, default="runs/convvae", help="folder of the run"
-    )
-    parser.add_argument(
-        "--data", type=Path, default="data/fashion-mnist", help="folder of the data set"
-    )
-    parser.add_argument(
-        "--device",
-        type=available_device,
-        default="auto",
-        metavar="{auto,cpu,cuda,mps}",
-        help="auto: a GPU if there is one",
-    )
+    with_defaults = argparse.ArgumentDefaultsHelpFormatter
+    parser = OneLineParser(description=description, formatter_class=with_defaults)
+    parser.add_argument("--run", type=Path, default="runs/convvae", help="folder of the run")
+    parser.add_argument("--data", type=Path, default="data/fashion-mnist", help="of the images")
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    devices = [*(name for name in there if there[name]), "cpu"]
+    auto = {"type": lambda name: name.replace("auto", devices[0]), "default": "auto"}
+    parser.add_argument("--device", choices=devices, help="auto: the first of these", **auto)
     return parser
 
 
-def available_device(name):
-    """Return the torch.device called `name`; "auto" takes CUDA or mps where there is one."""
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    if name == "auto":
-        name = next(name for name in available if available[name])
-    if not available.get(name):
-        here = ", ".join(name for name in available if available[name])
-        raise argparse.ArgumentTypeError(
-            f"{name!r} is not there: choose auto or {here}"
-        )
-    return torch.device(name)
-
-
-def number(kind, zero=False):
-    """Return an argparse type: a `kind` above 0 (or, with `zero`, at 0) and below 2^31."""
-
-    def parse(text):
-        value = kind(text)
-        if not (0 < value < 2**31 or (zero and value == 0)):  # NaN fails
-            raise argparse.ArgumentTypeError(
-                f"{text} is not a positive number below 2^31"
-            )
-        return value
-
-    parse.__name__ = kind.__name__  # argparse names it: "invalid int value"
-    return parse
-
-
-def run_script(main):
+def run_script(main, when_interrupted):
     """Call `main`; an expected failure ends in one line on standard error, not a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8")  # Windows has an encoding without μ and −
     try:
         main()
     except KeyboardInterrupt:
-        print("Interrupted: the same command without --fresh goes on.", file=sys.stderr)
+        print(f"Interrupted: {when_interrupted}.", file=sys.stderr)
         sys.exit(130)
     except (UserError, OSError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")

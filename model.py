@@ -4,14 +4,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import UserError, read_tensors
+import data
 
 
 class VAE(nn.Module):
     """What both networks share: sampling z and the forward pass (Kingma & Welling, 2014).
 
-    A subclass gives `encode` and `decode`. Images are [N, 1, 28, 28] float32 in [0, 1],
-    latent vectors [N, latent_dim].
+    Images are [N, 1, 28, 28] float32 in [0, 1], latent vectors [N, latent_dim]. A subclass
+    gives `encode`, from images to μ(x) and log σ²(x), and `decode`, from z to images.
     """
 
     def reparameterize(self, mu, logvar):
@@ -22,26 +22,6 @@ class VAE(nn.Module):
         """Return (reconstruction [N, 1, 28, 28] in [0, 1], mu, logvar)."""
         mu, logvar = self.encode(x)
         return self.decode(self.reparameterize(mu, logvar)), mu, logvar
-
-
-class TransposedConv2d(nn.ConvTranspose2d):
-    """nn.ConvTranspose2d in the form that is fastest on a CPU, equal to it up to rounding.
-
-    oneDNN, with which PyTorch convolves there, is slow with a bias, so it is added apart, and
-    with a single output channel, which is left to PyTorch's own kernel.
-    """
-
-    def forward(self, x):
-        """Return [N, out_channels, H', W'] of x, [N, in_channels, H, W]."""
-        # The context manager `mkldnn.flags` would do, but prints a warning about TF32.
-        torch.backends.mkldnn.enabled = self.out_channels > 1
-        try:
-            y = F.conv_transpose2d(
-                x, self.weight, None, self.stride, self.padding, self.output_padding
-            )
-        finally:
-            torch.backends.mkldnn.enabled = True
-        return y.add_(self.bias.view(-1, 1, 1))
 
 
 class ConvVAE(VAE):
@@ -63,14 +43,12 @@ class ConvVAE(VAE):
         self.dec3 = TransposedConv2d(32, 1, 4, 2, 1)  # 1×28×28
 
     def encode(self, x):
-        """Return μ(x) and log σ²(x), each [N, latent_dim]."""
         h = F.relu_(self.enc1(x))
         h = F.relu_(self.enc2(h))
         h = F.relu_(self.enc3(h)).flatten(1)
         return self.fc_mu(h), self.fc_log(h)
 
     def decode(self, z):
-        """Return images [N, 1, 28, 28] in [0, 1]."""
         h = F.relu_(self.fc_dec(z)).view(-1, 128, 3, 3)
         h = F.relu_(self.dec1(h))
         h = F.relu_(self.dec2(h))
@@ -92,12 +70,10 @@ class FullyConnectedVAE(VAE):
         self.fc_out = nn.Linear(400, 28 * 28)
 
     def encode(self, x):
-        """Return μ(x) and log σ²(x), each [N, latent_dim]."""
         h = F.relu_(self.fc_enc(x.flatten(1)))
         return self.fc_mu(h), self.fc_log(h)
 
     def decode(self, z):
-        """Return images [N, 1, 28, 28] in [0, 1]."""
         h = F.relu_(self.fc_dec(z))
         return torch.sigmoid(self.fc_out(h)).view(-1, 1, 28, 28)
 
@@ -125,20 +101,44 @@ def loss_function(recon_x, x, mu, logvar):
     return reconstruction_bce(recon_x, x) + kl_divergence(mu, logvar)
 
 
-def load_model(path, device):
-    """Return the model whose `state_dict` is saved at `path`, on `device`.
+# ------------------------------------------------------------------------------------------
+# Loading
 
-    Class and latent dimension are read from the weights. Raises UserError if the file is
-    missing, damaged, or holds the weights of another network.
+
+def load_model(run, device):
+    """Return the network of a run (a `data.Run`) with its weights, on `device`.
+
+    Raises UserError if the run has no weights, or those of another network than its settings.
     """
-    remedy = "train with python train.py, which also restores a deleted weights file"
-    weights = read_tensors(path, remedy)
     try:
-        kind = ConvVAE if "enc1.weight" in weights else FullyConnectedVAE
-        model = kind(latent_dim=len(weights["fc_mu.weight"]))
-        model.load_state_dict(weights)
-    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
-        raise UserError(
-            f"{path} holds the weights of another network: {remedy}"
-        ) from error
+        model = MODELS[run.settings["model"]](run.settings["latent_dim"])
+        model.load_state_dict(run.weights or {})
+    except RuntimeError as error:
+        problem = f"is missing, or of another network than {data.CONFIG} says"
+        raise data.UserError(f"{run.path / data.WEIGHTS} {problem}: {data.RESTORE}") from error
     return model.to(device)
+
+
+# ------------------------------------------------------------------------------------------
+# Faster, same numbers
+
+
+class TransposedConv2d(nn.ConvTranspose2d):
+    """nn.ConvTranspose2d in the form that is fastest on a CPU, equal to it up to rounding.
+
+    oneDNN, with which PyTorch convolves there, is slow with a bias, so it is added apart, and
+    with a single output channel, which is left to PyTorch's own kernel.
+    """
+
+    def forward(self, x):
+        """Return [N, out_channels, H', W'] of x, [N, in_channels, H, W]."""
+        # The context manager `mkldnn.flags` would do, but prints a warning about TF32.
+        before = torch.backends.mkldnn.enabled
+        torch.backends.mkldnn.enabled = before and self.out_channels > 1
+        try:
+            y = F.conv_transpose2d(
+                x, self.weight, None, self.stride, self.padding, self.output_padding
+            )
+        finally:
+            torch.backends.mkldnn.enabled = before
+        return y.add_(self.bias.view(-1, 1, 1))

@@ -1,6 +1,5 @@
 """Draw a run: its loss curves, reconstructions, samples, confusion matrix and latent space."""
 
-import io
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -22,75 +21,55 @@ NETWORKS = {"conv": "ConvVAE", "fc": "Fully connected VAE"}
 @torch.no_grad()
 def main():
     parser = data.command_line(__doc__)
-    parser.add_argument(
-        "--compare", type=Path, metavar="RUN", help="add another run's reconstructions"
-    )
-    parser.add_argument(
-        "--table",
-        type=Path,
-        metavar="DIR",
-        help="draw nothing, print a Markdown table of all runs in DIR/*/seed*",
-    )
+    parser.add_argument("--compare", type=Path, metavar="RUN", help="add its reconstructions")
+    parser.add_argument("--table", type=Path, metavar="DIR", help="only tabulate DIR/*/seed*")
     args = parser.parse_args()
     if args.table:
         print(results_table(args.table))
         return
-    run, device = args.run, args.device
-    settings, log = data.read_run(run)
-    model = load_model(run / data.WEIGHTS, device)
-    models = [(NETWORKS[settings["model"]], model)]
-    if args.compare:
-        other = data.read_run(args.compare)[0]["model"]
-        models.append(
-            (NETWORKS[other], load_model(args.compare / data.WEIGHTS, device))
-        )
+    run = data.read_run(args.run)
+    runs = [run, data.read_run(args.compare)] if args.compare else [run]
+    models = [load_model(run, args.device) for run in runs]
+    classification = data.read_classification(run)
     images, labels = data.load_split(args.data, train=False)
+    images = images.to(args.device)
 
-    save(run / data.LOSS_CURVES, draw_losses(log))
-    save(
-        run / data.RECONSTRUCTIONS, draw_reconstructions(models, images, labels, device)
-    )
+    save(run, "loss_curves.png", draw_losses(run.log))
+    classes = labels.unique()
+    firsts = images[[(labels == label).nonzero()[0].item() for label in classes]]
+    rows, names = [firsts], ["original", *(NETWORKS[run.settings["model"]] for run in runs)]
+    for model in models:
+        torch.manual_seed(0)
+        rows.append(model(firsts)[0])
+    titles = [data.CLASSES[label] for label in classes]
+    save(run, "reconstructions.png", draw_grid(rows, names, titles))
     torch.manual_seed(0)
-    z = torch.randn(100, settings["latent_dim"]).to(device)
-    save(run / data.SAMPLES, draw_samples(model.decode(z).cpu()))
-    shown = images[:5000].split(BATCH)  # t-SNE takes half its time for half the points
-    mu = torch.cat([model.encode(x.to(device))[0].cpu() for x in shown])
-    save(run / data.LATENT_SPACE, draw_latent_space(mu, labels[: len(mu)]))
-    matrix = current_confusion_matrix(run, settings)
-    if matrix is None:
-        print(f"No {data.CONFUSION_MATRIX} yet: first python classify.py --run {run}")
-    else:
-        save(run / data.CONFUSION_MATRIX, draw_confusion_matrix(matrix))
+    z = torch.randn(100, run.settings["latent_dim"]).to(args.device)
+    save(run, "samples.png", draw_grid(models[0].decode(z).split(10)))
+    # Half of the test set, in half of t-SNE's time.
+    mu = torch.cat([models[0].encode(x)[0].cpu() for x in images[:5000].split(BATCH)])
+    save(run, "latent_space.png", draw_latent_space(mu, labels[: len(mu)]))
+    if classification:
+        save(run, "confusion_matrix.png", draw_confusion_matrix(classification))
 
 
-def save(path, figure):
-    """Write a figure as PNG, and say so."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight")
+def save(run, name, figure):
+    """Write a figure into the run's folder, and say so."""
+    data.write(run.path / name, figure)
     plt.close(figure)
-    data.write_files({path: buffer.getvalue()})
-    print(path)
+    print(run.path / name)
 
 
 def draw_losses(log):
     """Return curves of the loss and of its two terms, in nats per image, over the epochs."""
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
     epochs = [row["epoch"] for row in log]
-    terms = {
-        "loss": "Loss = BCE + KLD",
-        "bce": "BCE, reconstruction",
-        "kld": "KLD, latent code",
-    }
-    for axis, (term, title) in zip(axes, terms.items()):
+    titles = ("Loss = BCE + KLD", "BCE, reconstruction", "KLD, latent code")
+    for axis, loss, title in zip(axes, ("loss", "bce", "kld"), titles):
         for split, color in (("train", "tab:blue"), ("test", "tab:orange")):
-            values = [row[f"{split}_{term}"] for row in log]
-            axis.plot(
-                epochs,
-                values,
-                color=color,
-                label=split,
-                marker="." if len(log) < 10 else "",
-            )
+            values = [row[f"{split}_{loss}"] for row in log]
+            marker = "." if len(log) < 10 else ""
+            axis.plot(epochs, values, color=color, label=split, marker=marker)
         axis.set(title=title, xlabel="epoch")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("nats per image")
@@ -98,49 +77,25 @@ def draw_losses(log):
     return figure
 
 
-def draw_reconstructions(models, images, labels, device):
-    """Return the first test image of each class with, below it, each model's reconstruction."""
-    firsts = [(labels == label).nonzero()[0] for label in labels.unique()]
-    x = images[torch.cat(firsts)]
-    rows = [("original", x)]
-    for name, model in models:
-        torch.manual_seed(0)
-        rows.append((name, model(x.to(device))[0].cpu()))
-    figure, axes = plt.subplots(
-        len(rows),
-        len(x),
-        figsize=(11, 1.15 * len(rows) + 0.3),
-        squeeze=False,
-        layout="constrained",
-    )
-    for row, (name, pictures) in zip(axes, rows):
-        for axis, picture in zip(row, pictures):
-            show(axis, picture)
-        row[0].set_ylabel(name.replace(" ", "\n"), fontsize=9)
-    for axis, label in zip(axes[0], labels.unique()):
-        axis.set_title(data.CLASSES[label], fontsize=9)
+def draw_grid(rows, names=(), titles=()):
+    """Return rows of images [C, 1, 28, 28], black 0 and white 1, with names left, titles above."""
+    size = (1.1 * len(rows[0]), 1.15 * len(rows))
+    grid = {"squeeze": False, "layout": "constrained", "subplot_kw": {"xticks": [], "yticks": []}}
+    figure, axes = plt.subplots(len(rows), len(rows[0]), figsize=size, **grid)
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
+    for axis, picture in zip(axes.flat, torch.cat(list(rows)).cpu()):
+        axis.imshow(picture[0].numpy(), cmap="gray", vmin=0, vmax=1)
+    for axis, name in zip(axes[:, 0], names):
+        axis.set_ylabel(name.replace(" ", "\n"), fontsize=9)
+    for axis, title in zip(axes[0], titles):
+        axis.set_title(title, fontsize=9)
     return figure
-
-
-def draw_samples(pictures):
-    """Return decoded samples of the prior, ten in a row."""
-    figure, axes = plt.subplots(
-        len(pictures) // 10, 10, figsize=(7.5, 0.75 * len(pictures) / 10)
-    )
-    for axis, picture in zip(axes.flat, pictures):
-        show(axis, picture)
-    figure.subplots_adjust(wspace=0.05, hspace=0.05)
-    return figure
-
-
-def show(axis, picture):
-    """Show one image [1, 28, 28], black 0 and white 1, without ticks."""
-    axis.imshow(picture[0].numpy(), cmap="gray", vmin=0, vmax=1)
-    axis.set(xticks=[], yticks=[])
 
 
 def draw_latent_space(mu, labels):
     """Return μ [N, latent_dim] of the test images in two dimensions, by PCA and by t-SNE."""
+    if mu.shape[1] == 1:
+        mu = torch.cat((mu, torch.zeros_like(mu)), dim=1)  # both want two columns
     methods = {
         "PCA": PCA(2, random_state=0),
         # Its default perplexity, 30, must be below the number of points.
@@ -148,93 +103,81 @@ def draw_latent_space(mu, labels):
     }
     figure, axes = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
     for axis, (name, method) in zip(axes, methods.items()):
-        points = axis.scatter(
-            *method.fit_transform(mu).T,
-            c=labels.numpy(),
-            cmap="tab10",
-            s=2,
-            vmin=0,
-            vmax=9,
-        )
+        x, y = method.fit_transform(mu).T
+        points = axis.scatter(x, y, c=labels.numpy(), cmap="tab10", s=2, vmin=0, vmax=9)
         axis.set(title=f"{name} of μ, {len(mu):,} test images", xticks=[], yticks=[])
     handles = points.legend_elements(num=list(range(len(data.CLASSES))))[0]
     figure.legend(handles, data.CLASSES, loc="outside right center")
     return figure
 
 
-def current_confusion_matrix(run, settings):
-    """Return the run's confusion matrix (rows true), or None if it is not of these weights."""
-    if not (run / data.CLASSIFICATION).exists():
-        return None
-    result = data.read_json(run / data.CLASSIFICATION, ("settings", "confusion_matrix"))
-    return result["confusion_matrix"] if result["settings"] == settings else None
-
-
-def draw_confusion_matrix(matrix):
-    """Return the counts [10, 10], rows true and columns predicted, by class name."""
-    figure, axis = plt.subplots(figsize=(8, 8), layout="constrained")
-    display = ConfusionMatrixDisplay(
-        torch.tensor(matrix).numpy(), display_labels=data.CLASSES
-    )
-    display.plot(ax=axis, cmap="Blues", colorbar=False, text_kw={"fontsize": 14})
-    axis.tick_params(labelsize=13)
-    axis.tick_params(axis="x", rotation=60)
-    axis.set_xlabel("predicted", fontsize=14)
-    axis.set_ylabel("true", fontsize=14)
+def draw_confusion_matrix(found):
+    """Return the counts [10, 10] that classify.py found, rows true, columns predicted."""
+    figure, axis = plt.subplots(figsize=(6.5, 6.5), layout="constrained")
+    matrix = torch.tensor(found["confusion_matrix"]).numpy()
+    display = ConfusionMatrixDisplay(matrix, display_labels=data.CLASSES)
+    display.plot(ax=axis, cmap="Blues", colorbar=False, xticks_rotation=60)
+    right = f"{found['accuracy'] * 100:.2f} % right"
+    axis.set(title=f"Random Forest on μ after epoch {found['epoch']}: {right}")
     return figure
 
 
-COLUMNS = {  # of the results table: how to have it from a run, and how many decimals
-    "Loss, epoch 1": (lambda run: run["log"][0]["train_loss"], 1),
-    "Train loss": (lambda run: run["log"][-1]["train_loss"], 2),
-    "Test loss": (lambda run: run["log"][-1]["test_loss"], 2),
-    "Test − train": (lambda run: gap(run["log"][-1]), 2),
-    "BCE − floor": (lambda run: run["excess_bce"], 2),
-    "KLD": (lambda run: run["kld"], 2),
-    "MSE × 1000": (lambda run: run["mse"] * 1000, 2),
-    "Sharpness, reconstructions": (lambda run: run["sharpness_reconstructions"], 3),
-    "Sharpness, samples": (lambda run: run["sharpness_samples"], 3),
-    "Active dimensions": (lambda run: run["active_dimensions"], 1),
-    "Accuracy, %": (lambda run: run["accuracy"] * 100, 2),
+COLUMNS = {  # of the results table: what is shown of a run, times what, and how many decimals
+    "Loss, epoch 1": ("first_loss", 1, 1),
+    "Train loss": ("train_loss", 1, 2),
+    "Test loss": ("test_loss", 1, 2),
+    "Test − train": ("gap", 1, 2),
+    "BCE − floor": ("excess_bce", 1, 2),
+    "KLD": ("kld", 1, 2),
+    "MSE × 1000": ("mse", 1000, 2),
+    "Sharpness, reconstructions": ("sharpness_reconstructions", 1, 3),
+    "Sharpness, samples": ("sharpness_samples", 1, 3),
+    "Active dimensions": ("active_dimensions", 1, 1),
+    "Accuracy, %": ("accuracy", 100, 2),
 }
 
 
 def results_table(folder):
-    """Return a Markdown table of the runs in folder/*/seed*, a row a setting.
+    """Return a Markdown table of the runs in folder/*/seed*, a row for equal settings and epochs.
 
-    Cells are mean ± standard deviation over the n seeds. Below stand the baselines of the
-    classification, which depend on no seed. Raises UserError if there are no runs.
+    Cells are mean ± standard deviation over n seeds; runs that are not classified as they are
+    now are left out, with a remark. The baselines, which depend on no seed, stand below.
     """
-    settings, baselines = {}, {}
+    groups, baselines = {}, {}
     for path in sorted(folder.glob("*/seed*")):
-        config, log = data.read_run(path)
-        metrics = data.read_json(path / data.METRICS, ["mse"])
-        result = data.read_json(path / data.CLASSIFICATION, ["accuracy", "baselines"])
-        network, latent_dim = NETWORKS[config["model"]], config["latent_dim"]
-        settings.setdefault((network, latent_dim), []).append(
-            {"log": log, **metrics, **result}
-        )
-        if result["baselines"]:
-            baselines["raw pixels", 28 * 28] = result["baselines"]["pixels"]
-            baselines["PCA", latent_dim] = result["baselines"]["pca"]
-    if not settings:
-        raise data.UserError(f"{folder} holds no runs <setting>/seed<n>")
+        run = data.read_run(path)
+        found = data.read_classification(run)
+        if found is None:
+            continue
+        first, last = run.log[0], run.log[-1]
+        gap = last["test_loss"] - last["train_loss"]
+        shown = {**last, **found, "first_loss": first["train_loss"], "gap": gap}
+        setting = {**run.settings, "epochs": len(run.log), "seed": None}
+        groups.setdefault(tuple(setting.items()), []).append(shown)
+        if found["baselines"]:
+            baselines["raw pixels", 28 * 28] = found["baselines"]["pixels"]
+            baselines["PCA", run.settings["latent_dim"]] = found["baselines"]["pca"]
+    if not groups:
+        raise data.UserError(f"{folder} holds no classified runs <setting>/seed<n>")
     rows = [["Codes", "Dimensions", "n", *COLUMNS], ["---"] * (3 + len(COLUMNS))]
-    for (network, latent_dim), runs in sorted(settings.items()):
-        cells = [
-            spread([get(run) for run in runs], digits)
-            for get, digits in COLUMNS.values()
-        ]
-        rows.append([network, str(latent_dim), str(len(runs)), *cells])
+    for setting, runs in sorted(groups.items()):
+        start = [describe(dict(setting)), str(dict(setting)["latent_dim"]), str(len(runs))]
+        cells = [spread([run[name] * x for run in runs], n) for name, x, n in COLUMNS.values()]
+        rows.append(start + cells)
     for (name, dimensions), accuracy in sorted(baselines.items()):
         empty = [""] * (len(COLUMNS) - 1)
         rows.append([name, str(dimensions), "", *empty, f"{accuracy * 100:.2f}"])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def gap(row):
-    """Return test loss less train loss of an epoch, in nats per image."""
-    return row["test_loss"] - row["train_loss"]
+def describe(setting):
+    """Return a network's name and what else differs from the report's settings."""
+    usual = {name: option["default"] for name, option in data.SETTINGS.items()}
+    usual |= {"epochs": 100, "model": setting["model"], "latent_dim": setting["latent_dim"]}
+    others = [
+        f"{name} {setting[name]}" for name in usual if setting[name] not in (usual[name], None)
+    ]
+    return ", ".join([NETWORKS[setting["model"]], *others]).replace("_", " ")
 
 
 def spread(values, digits):
@@ -244,4 +187,4 @@ def spread(values, digits):
 
 
 if __name__ == "__main__":
-    data.run_script(main)
+    data.run_script(main, "the figures that were named are whole; the same command starts over")
