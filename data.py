@@ -184,7 +184,7 @@ def read(path):
     remedy = REMEDIES.get(path.name, RESTORE)
     try:
         if path.suffix == ".pth":
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = dict(torch.load(path, map_location="cpu", weights_only=True))
         else:
             text = path.read_text(encoding="utf-8")
             content = json.loads(text) if path.suffix == ".json" else parse_log(text)
