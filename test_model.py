@@ -35,6 +35,7 @@ from results.speed import ReportVAE, report_loss
 HERE = Path(__file__).parent
 SCRIPTS = {"train.py": train, "classify.py": classify, "plots.py": plots}
 VIEWS = (data.CONFIG, data.WEIGHTS, data.LOG)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs may ignore it
 
 
 # ------------------------------------------------------------------------------------------
@@ -228,7 +229,7 @@ def test_data_from_raw_and_from_compressed_files(where, tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     for name, content in raw_files().items():
         (folder / f"{name}.gz").write_bytes(gzip.compress(content))
-    monkeypatch.setattr(data, "DEBIAN_PACKAGE", folder)
+    monkeypatch.setattr(data, "DEBIAN_PACKAGE", tmp_path / "package")
     check_data(root)
     # What is there is not unpacked again, only what is missing; half a file is worse than none.
     labels = raw / "t10k-labels-idx1-ubyte"
