@@ -1,5 +1,7 @@
 """Measure a run: a Random Forest on its latent codes, and its quality as a generative model."""
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from sklearn.decomposition import PCA
@@ -24,9 +26,9 @@ def main():
     baselines = data.read(path).get("baselines") if path.exists() else None
     train_images, train_labels = data.load_split(args.data, train=True)
     test_images, test_labels = data.load_split(args.data, train=False)
-    most = min(len(train_images), 28 * 28)
-    if args.baselines and latent_dim > most:
-        raise data.UserError(f"--baselines: PCA has {most} dimensions at most, not {latent_dim}")
+    components = min(len(train_images), 28 * 28)
+    if args.baselines and latent_dim > components:
+        raise data.UserError(f"--baselines: PCA has {components} components, not {latent_dim}")
 
     merit = figures_of_merit(model, test_images.to(args.device))
     train_mu = latent_means(model, train_images)
@@ -61,7 +63,7 @@ def main():
 
     found = {
         "epoch": len(run.log),
-        "sha256": data.digest(run.weights),
+        "sha256": run.sha256,
         "accuracy": accuracy,
         "recall": dict(zip(data.CLASSES, recall)),
         "confusion_matrix": matrix.tolist(),
@@ -81,16 +83,10 @@ def fit_forest(features, labels):
 def latent_means(model, images):
     """Return μ(x), [N, latent_dim] float32, on the CPU.
 
-    It is computed in float64, so that rounding, and with it the forest, is the same on every
-    machine. (Apple's mps has no float64; the CPU then computes it.)
+    It is computed there in float64, so that rounding, and the forest, are the same everywhere.
     """
-    if next(model.parameters()).device.type == "mps":
-        model = model.cpu()
-    model.double()
-    parameter = next(model.parameters())
-    mu = [model.encode(x.to(parameter))[0].float().cpu() for x in images.split(BATCH)]
-    model.float()
-    return torch.cat(mu)
+    model = copy.deepcopy(model).cpu().double()
+    return torch.cat([model.encode(x.double())[0].float() for x in images.split(BATCH)])
 
 
 @torch.no_grad()

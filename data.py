@@ -45,15 +45,12 @@ def load_split(root, train):
     try:
         split = FashionMNIST(root, train=train)
         images, labels = split.data, split.targets
-        bytes_as_expected = images.shape == (len(labels), 28, 28) and images.dtype == torch.uint8
-        if not bytes_as_expected or labels.min() < 0 or labels.max() > 9:
+        if images.shape != (len(labels), 28, 28) or labels.min() < 0 or labels.max() > 9:
             raise ValueError("not as many 28×28 images as labels from 0 to 9")
     # What torchvision raises on a damaged file depends on where the damage is.
     except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
         files = f"{raw}/{'train' if train else 't10k'}-*"
-        raise UserError(
-            f"{files} are damaged or not Fashion-MNIST: delete and run again"
-        ) from error
+        raise UserError(f"{files} are damaged or not Fashion-MNIST: delete them") from error
     return images.unsqueeze(1).float().div_(255), labels
 
 
@@ -66,26 +63,37 @@ def complete_raw_files(raw):
     raw.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=raw) as staging:
         staged = Path(staging, "FashionMNIST", "raw")  # where torchvision's download goes
-        try:
-            for folder in (raw, DEBIAN_PACKAGE):
-                if all((folder / f"{name}.gz").exists() for name in missing):
-                    staged.mkdir(parents=True)
-                    for name in missing:
-                        extract_archive(folder / f"{name}.gz", staged)
-                    break
-            else:
-                FashionMNIST(staging, download=True)
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise UserError(f"{folder / name}.gz is damaged ({error}): replace it") from error
-        except RuntimeError as error:
-            hosts = ", ".join(urlparse(mirror).netloc for mirror in FashionMNIST.mirrors)
-            raise UserError(
-                f"no Fashion-MNIST in {raw}, nor as a Debian package, and {hosts} could not be"
-                " reached. Either: apt-get install dataset-fashion-mnist. Or: put the four files"
-                f" (train-* and t10k-*, .gz or unpacked) into {raw}"
-            ) from error
+        for folder in (raw, DEBIAN_PACKAGE):
+            archives = [folder / f"{name}.gz" for name in missing]
+            if all(archive.exists() for archive in archives):
+                unpack(archives, staged)
+                break
+        else:
+            download(staging, raw)
         for name in missing:
             os.replace(staged / name, raw / name)
+
+
+def unpack(archives, folder):
+    """Unpack .gz files into a new folder; UserError if one is damaged."""
+    folder.mkdir(parents=True)
+    for archive in archives:
+        try:
+            extract_archive(archive, folder)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise UserError(f"{archive} is damaged ({error}): replace it") from error
+
+
+def download(root, raw):
+    """Let torchvision download and check the data set; UserError, naming `raw`, if it cannot."""
+    try:
+        FashionMNIST(root, download=True)
+    except RuntimeError as error:
+        hosts = ", ".join(urlparse(mirror).netloc for mirror in FashionMNIST.mirrors)
+        raise UserError(
+            f"no Fashion-MNIST in {raw}, nor to be had from {hosts}: apt-get install"
+            " dataset-fashion-mnist, or put the four files (train-*, t10k-*, .gz or not) there"
+        ) from error
 
 
 # ------------------------------------------------------------------------------------------
@@ -97,7 +105,7 @@ def between(kind, low, high):
 
     def parse(text):
         value = kind(text)
-        if not low <= value <= high:  # nor is NaN
+        if not low <= value <= high:  # NaN ends here too
             raise ValueError
         return value
 
@@ -109,13 +117,14 @@ LARGE = 2**31 - 1
 # As options of train.py. A run made before a setting existed has its default.
 SETTINGS = {
     "model": {"choices": ("conv", "fc"), "default": "conv", "help": "ConvVAE or fully connected"},
-    "latent_dim": {"type": between(int, 1, 4096), "default": 32, "help": "of the latent code"},
+    "latent_dim": {"type": between(int, 1, 4096), "default": 32, "help": "numbers in a code"},
     "batch_size": {"type": between(int, 1, LARGE), "default": 128, "help": "images per update"},
     "lr": {"type": between(float, 1e-12, 1e3), "default": 5e-4, "help": "learning rate of Adam"},
-    "seed": {"type": between(int, 0, LARGE), "default": 0, "help": "of weights, order and noise"},
+    "seed": {"type": between(int, 0, LARGE), "default": 0, "help": "of all random draws"},
 }
+EPOCHS = {"type": between(int, 1, LARGE), "default": 100, "help": "epochs in all"}
 LOSSES = [f"{split}_{loss}" for split in ("train", "test") for loss in ("loss", "bce", "kld")]
-LOG_COLUMNS = ("epoch", *LOSSES, "lr", "seconds")
+LOG_COLUMNS = ["epoch", *LOSSES, "lr", "seconds"]
 
 STATE = "state.pth"  # the run itself; the next three are views of it
 CONFIG = "config.json"
@@ -126,6 +135,7 @@ RUN_FILES = (STATE, CONFIG, WEIGHTS, LOG, CLASSIFICATION)
 
 ANOTHER_RUN = "choose another --run, or delete the folder"
 RESTORE = f"the train.py command of the run restores it from {STATE}; without that, {ANOTHER_RUN}"
+NEEDED = {STATE: ["optimizer", "log"], CLASSIFICATION: ["epoch", "accuracy", "confusion_matrix"]}
 REMEDIES = {STATE: ANOTHER_RUN, CLASSIFICATION: "delete it, then python classify.py"}
 
 
@@ -136,6 +146,7 @@ class Run(NamedTuple):
     settings: dict  # a value for each of SETTINGS
     log: list  # a dict of LOG_COLUMNS for each finished epoch, losses in nats per image
     weights: dict | None  # a state_dict, or None where a published run comes without
+    sha256: str | None  # its digest
 
 
 def read_run(path):
@@ -147,17 +158,18 @@ def read_run(path):
         raise UserError(f"no run in {path}: python train.py --run {path} makes one")
     config, log = read(path / CONFIG), read(path / LOG)
     weights = read(path / WEIGHTS) if (path / WEIGHTS).exists() else None
+    sha256 = digest(weights) if weights else None
     if (path / STATE).exists():
         state = read(path / STATE)
         same = (config, log) == (state["config"], state["log"])
-        if not same or weights and digest(weights) != digest(state["model"]):
+        if not same or sha256 not in (None, digest(state["model"])):
             raise UserError(
                 f"files in {path} differ from its {STATE}: unless train.py is just writing them,"
                 " its command for this run restores them"
             )
     if len(log) < config["epochs"]:
         print(f"Remark: {path} is at epoch {len(log)} of {config['epochs']}.", file=sys.stderr)
-    return Run(path, settings_of(config), log, weights)
+    return Run(path, settings_of(config), log, weights, sha256)
 
 
 def read_classification(run):
@@ -168,8 +180,8 @@ def read_classification(run):
     path, remark = run.path / CLASSIFICATION, "is missing"
     if path.exists():
         found = read(path)
-        sha256 = run.weights and digest(run.weights)
-        if found["epoch"] == len(run.log) and sha256 in (None, found.get("sha256", sha256)):
+        known = run.sha256 and "sha256" in found
+        if found["epoch"] == len(run.log) and (not known or found["sha256"] == run.sha256):
             return found
         remark = "is of other weights than the run has now"
     print(f"Remark: {path} {remark}: python classify.py --run {run.path}", file=sys.stderr)
@@ -188,15 +200,12 @@ def read(path):
         else:
             text = path.read_text(encoding="utf-8")
             content = json.loads(text) if path.suffix == ".json" else parse_log(text)
-        if path.name == STATE:
-            settings_of(content["config"]), digest(content["model"])
-            content["optimizer"], content["log"]
-        elif path.name == CONFIG:
-            settings_of(content)
-        elif path.name == WEIGHTS:
-            digest(content)
-        elif path.name == CLASSIFICATION:
-            content["epoch"], content["accuracy"], content["confusion_matrix"]
+        if path.name in (STATE, CONFIG):
+            settings_of(content["config"] if path.name == STATE else content)
+        if path.name in (STATE, WEIGHTS):
+            digest(content["model"] if path.name == STATE else content)
+        for name in NEEDED.get(path.name, ()):
+            content[name]
         return content
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: {remedy}") from error
@@ -205,17 +214,18 @@ def read(path):
 
 
 def settings_of(config):
-    """Return the settings in a config; ValueError if one is impossible, or `epochs` is."""
+    """Return the settings in a config; raises where one, or `epochs`, is impossible."""
     settings = {name: config.get(name, option["default"]) for name, option in SETTINGS.items()}
-    for name, value in {**settings, "epochs": config["epochs"]}.items():
-        option = SETTINGS.get(name, {"default": 1})
-        if value not in option.get("choices", [type(option["default"])(value)]):
-            raise ValueError(f"{name} {value}")
+    for name, option in {**SETTINGS, "epochs": EPOCHS}.items():
+        value = {**settings, "epochs": config["epochs"]}[name]
+        possible = option["choices"] if "choices" in option else [option["type"](str(value))]
+        if value not in possible:
+            raise ValueError(f"{name} cannot be {value}")
     return settings
 
 
 def digest(weights):
-    """Return the SHA-256 of a state_dict's names, shapes and values, whatever file it was in."""
+    """Return the SHA-256 of what is in a state_dict, whatever file it was in."""
     sha = hashlib.sha256()
     for name, tensor in sorted(weights.items()):
         sha.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
@@ -281,11 +291,12 @@ def command_line(description):
     with_defaults = argparse.ArgumentDefaultsHelpFormatter
     parser = OneLineParser(description=description, formatter_class=with_defaults)
     parser.add_argument("--run", type=Path, default="runs/convvae", help="folder of the run")
-    parser.add_argument("--data", type=Path, default="data/fashion-mnist", help="of the images")
+    data_help = "folder of Fashion-MNIST, which is fetched if it is not there"
+    parser.add_argument("--data", type=Path, default="data/fashion-mnist", help=data_help)
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     devices = [*(name for name in there if there[name]), "cpu"]
-    auto = {"type": lambda name: name.replace("auto", devices[0]), "default": "auto"}
-    parser.add_argument("--device", choices=devices, help="auto: the first of these", **auto)
+    auto = {"type": lambda name: devices[0] if name == "auto" else name, "default": "auto"}
+    parser.add_argument("--device", choices=devices, help="auto: the first of those", **auto)
     return parser
 
 

@@ -56,7 +56,7 @@ class ConvVAE(VAE):
 
 
 class FullyConnectedVAE(VAE):
-    """784–400–latent_dim–400–784 with ReLU, after Kingma & Welling (2014); ConvVAE's interface.
+    """784–400–latent_dim–400–784 with ReLU, after Kingma & Welling (2014).
 
     The report compares its network with "a fully connected VAE" without describing it.
     """
@@ -97,7 +97,7 @@ def kl_divergence(mu, logvar):
 
 
 def loss_function(recon_x, x, mu, logvar):
-    """The report's loss, BCE + KLD in nats, summed over the batch: the negative ELBO."""
+    """The report's loss, BCE + KLD in nats, summed; train.py takes the terms apart, to log both."""
     return reconstruction_bce(recon_x, x) + kl_divergence(mu, logvar)
 
 
@@ -110,12 +110,15 @@ def load_model(run, device):
 
     Raises UserError if the run has no weights, or those of another network than its settings.
     """
+    path = run.path / data.WEIGHTS
+    if run.weights is None:
+        raise data.UserError(f"{path} is missing: {data.RESTORE}")
+    model = MODELS[run.settings["model"]](run.settings["latent_dim"])
     try:
-        model = MODELS[run.settings["model"]](run.settings["latent_dim"])
-        model.load_state_dict(run.weights or {})
+        model.load_state_dict(run.weights)
     except RuntimeError as error:
-        problem = f"is missing, or of another network than {data.CONFIG} says"
-        raise data.UserError(f"{run.path / data.WEIGHTS} {problem}: {data.RESTORE}") from error
+        problem = f"is of another network than {data.CONFIG} says"
+        raise data.UserError(f"{path} {problem}: {data.RESTORE}") from error
     return model.to(device)
 
 
@@ -126,8 +129,8 @@ def load_model(run, device):
 class TransposedConv2d(nn.ConvTranspose2d):
     """nn.ConvTranspose2d in the form that is fastest on a CPU, equal to it up to rounding.
 
-    oneDNN, with which PyTorch convolves there, is slow with a bias, so it is added apart, and
-    with a single output channel, which is left to PyTorch's own kernel.
+    oneDNN, with which PyTorch convolves there, is slow at two things: a bias, so that is added
+    apart, and a single output channel, so that is left to PyTorch's own kernel.
     """
 
     def forward(self, x):

@@ -21,15 +21,15 @@ NETWORKS = {"conv": "ConvVAE", "fc": "Fully connected VAE"}
 @torch.no_grad()
 def main():
     parser = data.command_line(__doc__)
-    parser.add_argument("--compare", type=Path, metavar="RUN", help="add its reconstructions")
-    parser.add_argument("--table", type=Path, metavar="DIR", help="only tabulate DIR/*/seed*")
+    parser.add_argument("--compare", type=Path, metavar="RUN", help="show its reconstructions too")
+    parser.add_argument("--table", type=Path, metavar="DIR", help="print a table of DIR/*/seed*")
     args = parser.parse_args()
     if args.table:
         print(results_table(args.table))
         return
     run = data.read_run(args.run)
     runs = [run, data.read_run(args.compare)] if args.compare else [run]
-    models = [load_model(run, args.device) for run in runs]
+    models = [load_model(one, args.device) for one in runs]
     classification = data.read_classification(run)
     images, labels = data.load_split(args.data, train=False)
     images = images.to(args.device)
@@ -37,7 +37,7 @@ def main():
     save(run, "loss_curves.png", draw_losses(run.log))
     classes = labels.unique()
     firsts = images[[(labels == label).nonzero()[0].item() for label in classes]]
-    rows, names = [firsts], ["original", *(NETWORKS[run.settings["model"]] for run in runs)]
+    rows, names = [firsts], ["original", *(NETWORKS[one.settings["model"]] for one in runs)]
     for model in models:
         torch.manual_seed(0)
         rows.append(model(firsts)[0])
@@ -61,15 +61,14 @@ def save(run, name, figure):
 
 
 def draw_losses(log):
-    """Return curves of the loss and of its two terms, in nats per image, over the epochs."""
+    """Return a figure of the loss and of its two terms, in nats per image, over the epochs."""
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
     epochs = [row["epoch"] for row in log]
     titles = ("Loss = BCE + KLD", "BCE, reconstruction", "KLD, latent code")
     for axis, loss, title in zip(axes, ("loss", "bce", "kld"), titles):
         for split, color in (("train", "tab:blue"), ("test", "tab:orange")):
             values = [row[f"{split}_{loss}"] for row in log]
-            marker = "." if len(log) < 10 else ""
-            axis.plot(epochs, values, color=color, label=split, marker=marker)
+            axis.plot(epochs, values, color=color, label=split, marker="." if len(log) < 10 else "")
         axis.set(title=title, xlabel="epoch")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("nats per image")
@@ -78,12 +77,12 @@ def draw_losses(log):
 
 
 def draw_grid(rows, names=(), titles=()):
-    """Return rows of images [C, 1, 28, 28], black 0 and white 1, with names left, titles above."""
+    """Return a figure of rows of images [C, 1, 28, 28], with names at the left, titles above."""
     size = (1.1 * len(rows[0]), 1.15 * len(rows))
     grid = {"squeeze": False, "layout": "constrained", "subplot_kw": {"xticks": [], "yticks": []}}
     figure, axes = plt.subplots(len(rows), len(rows[0]), figsize=size, **grid)
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
-    for axis, picture in zip(axes.flat, torch.cat(list(rows)).cpu()):
+    for axis, picture in zip(axes.flat, torch.cat(rows).cpu()):
         axis.imshow(picture[0].numpy(), cmap="gray", vmin=0, vmax=1)
     for axis, name in zip(axes[:, 0], names):
         axis.set_ylabel(name.replace(" ", "\n"), fontsize=9)
@@ -93,7 +92,7 @@ def draw_grid(rows, names=(), titles=()):
 
 
 def draw_latent_space(mu, labels):
-    """Return μ [N, latent_dim] of the test images in two dimensions, by PCA and by t-SNE."""
+    """Return a figure of μ [N, latent_dim] in two dimensions, by PCA and by t-SNE."""
     if mu.shape[1] == 1:
         mu = torch.cat((mu, torch.zeros_like(mu)), dim=1)  # both want two columns
     methods = {
@@ -112,13 +111,12 @@ def draw_latent_space(mu, labels):
 
 
 def draw_confusion_matrix(found):
-    """Return the counts [10, 10] that classify.py found, rows true, columns predicted."""
+    """Return a figure of the counts that classify.py found, rows true, columns predicted."""
     figure, axis = plt.subplots(figsize=(6.5, 6.5), layout="constrained")
     matrix = torch.tensor(found["confusion_matrix"]).numpy()
     display = ConfusionMatrixDisplay(matrix, display_labels=data.CLASSES)
     display.plot(ax=axis, cmap="Blues", colorbar=False, xticks_rotation=60)
-    right = f"{found['accuracy'] * 100:.2f} % right"
-    axis.set(title=f"Random Forest on μ after epoch {found['epoch']}: {right}")
+    axis.set(title=f"μ after epoch {found['epoch']}: {found['accuracy'] * 100:.2f} % right")
     return figure
 
 
@@ -140,8 +138,8 @@ COLUMNS = {  # of the results table: what is shown of a run, times what, and how
 def results_table(folder):
     """Return a Markdown table of the runs in folder/*/seed*, a row for equal settings and epochs.
 
-    Cells are mean ± standard deviation over n seeds; runs that are not classified as they are
-    now are left out, with a remark. The baselines, which depend on no seed, stand below.
+    Cells are mean ± standard deviation over n seeds; runs without a classification of their
+    present weights are left out, with a remark. Baselines, which have no seed, stand below.
     """
     groups, baselines = {}, {}
     for path in sorted(folder.glob("*/seed*")):
@@ -152,38 +150,42 @@ def results_table(folder):
         first, last = run.log[0], run.log[-1]
         gap = last["test_loss"] - last["train_loss"]
         shown = {**last, **found, "first_loss": first["train_loss"], "gap": gap}
-        setting = {**run.settings, "epochs": len(run.log), "seed": None}
-        groups.setdefault(tuple(setting.items()), []).append(shown)
-        if found["baselines"]:
+        key = (
+            run.settings["model"],
+            run.settings["latent_dim"],
+            describe(run.settings, len(run.log)),
+        )
+        groups.setdefault(key, []).append(shown)
+        if found.get("baselines"):
             baselines["raw pixels", 28 * 28] = found["baselines"]["pixels"]
             baselines["PCA", run.settings["latent_dim"]] = found["baselines"]["pca"]
     if not groups:
         raise data.UserError(f"{folder} holds no classified runs <setting>/seed<n>")
     rows = [["Codes", "Dimensions", "n", *COLUMNS], ["---"] * (3 + len(COLUMNS))]
-    for setting, runs in sorted(groups.items()):
-        start = [describe(dict(setting)), str(dict(setting)["latent_dim"]), str(len(runs))]
-        cells = [spread([run[name] * x for run in runs], n) for name, x, n in COLUMNS.values()]
-        rows.append(start + cells)
+    for (_, latent_dim, setting), runs in sorted(groups.items()):
+        rows.append([setting, str(latent_dim), str(len(runs))])
+        for name, factor, digits in COLUMNS.values():
+            rows[-1].append(spread([run[name] * factor for run in runs if name in run], digits))
     for (name, dimensions), accuracy in sorted(baselines.items()):
         empty = [""] * (len(COLUMNS) - 1)
         rows.append([name, str(dimensions), "", *empty, f"{accuracy * 100:.2f}"])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def describe(setting):
+def describe(settings, epochs):
     """Return a network's name and what else differs from the report's settings."""
-    usual = {name: option["default"] for name, option in data.SETTINGS.items()}
-    usual |= {"epochs": 100, "model": setting["model"], "latent_dim": setting["latent_dim"]}
-    others = [
-        f"{name} {setting[name]}" for name in usual if setting[name] not in (usual[name], None)
-    ]
-    return ", ".join([NETWORKS[setting["model"]], *others]).replace("_", " ")
+    words = [NETWORKS[settings["model"]]]
+    for name, option in {**data.SETTINGS, "epochs": data.EPOCHS}.items():
+        value = {**settings, "epochs": epochs}[name]
+        if name not in ("model", "latent_dim", "seed") and value != option["default"]:
+            words.append(f"{name.replace('_', ' ')} {value}")
+    return ", ".join(words)
 
 
 def spread(values, digits):
     """Return "mean ± standard deviation" of the values, or a single value as it is."""
     deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{mean(values):.{digits}f}{deviation}"
+    return f"{mean(values):.{digits}f}{deviation}" if values else ""
 
 
 if __name__ == "__main__":

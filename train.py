@@ -1,11 +1,11 @@
 """Train a VAE on Fashion-MNIST with the report's settings, and keep the run in a folder.
 
-The same command goes on after an interruption, from the last finished epoch; with more
---epochs it trains the rest of a finished run.
+The same command goes on after an interruption, and with more --epochs after a finished run.
 """
 
 import contextlib
 import math
+import sqlite3
 import sys
 import time
 from datetime import timedelta
@@ -16,21 +16,15 @@ import torch
 import data
 from model import MODELS, kl_divergence, reconstruction_bce
 
-if sys.platform == "win32":
-    import msvcrt
-else:
-    import fcntl
-
 TEST_BATCH = 500
-# What wipes the counter within an epoch; there is one on a terminal only.
-CLEAR = "\r\033[K" if sys.stdout.isatty() else ""
+# Wipes the counter within an epoch, which is shown on a terminal only.
+CLEAR = f"\r{'':40}\r" if sys.stdout.isatty() else ""
 
 
 def parse_arguments():
     """Return the command line's settings; the defaults are the report's."""
     parser = data.command_line(__doc__)
-    epochs = {"type": data.between(int, 1, data.LARGE), "default": 100, "help": "epochs in all"}
-    for name, option in {"epochs": epochs, **data.SETTINGS}.items():
+    for name, option in {"epochs": data.EPOCHS, **data.SETTINGS}.items():
         parser.add_argument(f"--{name.replace('_', '-')}", **option)
     return parser.parse_args()
 
@@ -39,15 +33,15 @@ def main():
     args = parse_arguments()
     run, device = args.run, args.device
     settings = {name: getattr(args, name) for name in data.SETTINGS}
+    state = find_state(run, settings)  # first: a refused folder does not even get a lock file
     tune()
 
-    with only_writer(run, settings):
+    with only_writer(run):
         torch.manual_seed(args.seed)
-        model = MODELS[args.model](args.latent_dim)
-        model.to(device, memory_format=torch.channels_last)
+        model = MODELS[args.model](args.latent_dim).to(device, memory_format=torch.channels_last)
         on_cuda = device == "cuda"
         optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True, capturable=on_cuda)
-        log = go_on(run, settings, model, optimizer)
+        log = go_on(run, state, model, optimizer) if state else []
         if len(log) >= args.epochs:
             print(f"{run} is finished: {len(log)} epochs. To go on, give more --epochs.")
             return
@@ -56,30 +50,30 @@ def main():
         train_step = partial(update, model, optimizer)
         if on_cuda:
             train_step = CapturedStep(train_step, args.batch_size)
-        test_step = torch.no_grad(partial(loss_terms, model))
-        gpu = f" ({torch.cuda.get_device_name()})" if on_cuda else ""
-        made_by = {"torch": str(torch.__version__), "device": device + gpu}
-        config = {**settings, "epochs": args.epochs, **made_by}
-        print(f"{type(model).__name__} on {device}{gpu}, epochs {len(log) + 1} to {args.epochs}")
+        where = f"cuda ({torch.cuda.get_device_name()})" if on_cuda else device
+        made = {"torch": str(torch.__version__), "device": where}  # str: else no plain data
+        config = {**settings, "epochs": args.epochs, **made}
+        print(f"{type(model).__name__} on {where}, epochs {len(log) + 1} to {args.epochs}")
 
         for epoch in range(len(log) + 1, args.epochs + 1):
             start = time.perf_counter()
             # An epoch has a seed of its own, so that a run goes on without a random state.
             torch.manual_seed((args.seed * 1_000_003 + epoch) % 2**32)
-            order = torch.randperm(len(train_images), device=device).split(args.batch_size)
-            row = {"epoch": epoch, **mean_losses("train", train_step, train_images, order)}
-            order = torch.arange(len(test_images), device=device).split(TEST_BATCH)
-            row |= mean_losses("test", test_step, test_images, order)
-            row |= {"lr": args.lr, "seconds": time.perf_counter() - start}
+            batches = torch.randperm(len(train_images), device=device).split(args.batch_size)
+            row = {"epoch": epoch, **mean_losses("train", train_step, train_images, batches)}
+            batches = torch.arange(len(test_images), device=device).split(TEST_BATCH)
+            with torch.no_grad():
+                row |= mean_losses("test", partial(loss_terms, model), test_images, batches)
+            seconds = time.perf_counter() - start
+            row |= {"lr": args.lr, "seconds": seconds}
             if not math.isfinite(row["train_loss"] + row["test_loss"]):
                 advice = "try a smaller --lr, in another --run; finished epochs are kept"
                 raise data.UserError(f"the loss is not finite in epoch {epoch}: {advice}")
             log.append(row)
             save(run, config, model, optimizer, log)
             losses = f"Train loss {row['train_loss']:.2f}, Test loss {row['test_loss']:.2f}"
-            left = timedelta(seconds=round(row["seconds"] * (args.epochs - epoch)))
-            seconds = f"{row['seconds']:.2f} s, {left} left"
-            print(f"{CLEAR}Epoch {epoch}: {losses}, {seconds}", flush=True)
+            left = timedelta(seconds=round(seconds * (args.epochs - epoch)))
+            print(f"Epoch {epoch}: {losses}, {seconds:.2f} s, {left} left", flush=True)
         speed = len(train_images) * len(log) / sum(row["seconds"] for row in log)
         print(f"Mean of the run: {speed:,.0f} training images/s, test passes included")
 
@@ -93,6 +87,7 @@ def mean_losses(split, step, images, batches):
         if CLEAR and time.perf_counter() - shown > 0.5:
             shown = time.perf_counter()
             print(f"{CLEAR}{split}: {done:,} of {len(images):,}", end="", flush=True)
+    print(CLEAR, end="", flush=True)
     # Read here once, not at each step: the device need not wait for this program.
     bce, kld = (torch.stack(sums).cpu().double().sum(0) / len(images)).tolist()
     return {f"{split}_loss": bce + kld, f"{split}_bce": bce, f"{split}_kld": kld}
@@ -120,8 +115,8 @@ def loss_terms(model, x):
 def find_state(run, settings):
     """Return the state that a run goes on from, or None where a new one can begin.
 
-    Raises UserError, and changes nothing, if the folder holds a run with other settings, or
-    files of a run without (or with a damaged) state.pth, such as a published one.
+    Raises UserError if the folder holds a run with other settings, or files of a run without
+    (or with a damaged) state.pth, such as a published one.
     """
     files = [name for name in data.RUN_FILES if (run / name).exists()]
     if not files:
@@ -136,11 +131,8 @@ def find_state(run, settings):
     return state
 
 
-def go_on(run, settings, model, optimizer):
+def go_on(run, state, model, optimizer):
     """Put a run's last state into model and optimizer, write its views anew, return its log."""
-    state = find_state(run, settings)
-    if state is None:
-        return []
     try:
         model.load_state_dict(state["model"])
         groups = optimizer.state_dict()["param_groups"]
@@ -168,20 +160,18 @@ def write_views(run, state):
 
 
 @contextlib.contextmanager
-def only_writer(run, settings):
+def only_writer(run):
     """Make the folder `run` if it is new, and keep any other train.py out of it.
 
-    The system drops the lock when the process ends, however it ends, on Windows too.
+    SQLite's lock of a file is the same everywhere, Windows included: the system drops it when
+    the process ends, however it ends. Raises UserError if another process holds it.
     """
-    find_state(run, settings)  # a refused folder does not even get a lock file
     run.mkdir(parents=True, exist_ok=True)
-    with open(run / "train.lock", "w") as file:
+    (run / "train.lock").touch()
+    with contextlib.closing(sqlite3.connect(run / "train.lock", timeout=0)) as file:
         try:
-            if sys.platform == "win32":
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:  # the latter on Windows
+            file.execute("BEGIN EXCLUSIVE")
+        except sqlite3.OperationalError as error:
             raise data.UserError(f"another train.py is at work in {run}") from error
         yield
 

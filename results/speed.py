@@ -1,6 +1,6 @@
 """Time the report's training loop and train.py in turn, and print seconds an epoch and their ratio.
 
-Run it from the project's root, on a machine that does nothing else: python results/speed.py
+Run it on a machine that does nothing else: python results/speed.py
 """
 
 import argparse
@@ -87,9 +87,10 @@ def report_loop(root, epochs):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--data", default=ROOT / "data" / "fashion-mnist")
+    parser.add_argument("--pairs", type=int, default=3, help="of timings, one of each")
+    parser.add_argument("--epochs", type=int, default=2, help="in a timing")
+    data_help = "folder of Fashion-MNIST, which is fetched if it is not there"
+    parser.add_argument("--data", default=ROOT / "data" / "fashion-mnist", help=data_help)
     parser.add_argument("--only-report", action="store_true", help="time the report's loop alone")
     args = parser.parse_args()
     if args.only_report:
@@ -97,19 +98,20 @@ def main():
         return
     load_split(args.data, train=True)  # fetches the data set where it is missing
     same = ["--data", str(args.data), "--epochs", str(args.epochs)]
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # the report knows no other
     ratios = []
     for pair in range(args.pairs):
         loop = [sys.executable, __file__, "--only-report", *same]
-        report = subprocess.run(loop, check=True, capture_output=True, text=True).stdout.split()
+        printed = subprocess.run(loop, check=True, capture_output=True, text=True).stdout
+        report = [float(line) for line in printed.split()]
         with tempfile.TemporaryDirectory() as run:
-            train = [sys.executable, str(ROOT / "train.py"), "--run", run, *same]
-            subprocess.run(train, check=True, capture_output=True)
+            train = [sys.executable, str(ROOT / "train.py"), "--run", run, "--device", device]
+            subprocess.run([*train, *same], check=True, capture_output=True)
             with open(Path(run, "losses.csv"), encoding="utf-8") as file:
-                ours = [row["seconds"] for row in csv.DictReader(file)]
-        seconds = [[float(text) for text in texts] for texts in (report, ours)]
-        ratios.append(sum(seconds[0]) / sum(seconds[1]))
-        texts = [" ".join(f"{value:.2f}" for value in values) for values in seconds]
-        print(f"pair {pair + 1}: report {texts[0]} s, train.py {texts[1]} s, {ratios[-1]:.2f}")
+                ours = [float(row["seconds"]) for row in csv.DictReader(file)]
+        ratios.append(sum(report) / sum(ours))
+        seconds = [" ".join(f"{value:.2f}" for value in values) for values in (report, ours)]
+        print(f"pair {pair + 1}: report {seconds[0]} s, train.py {seconds[1]} s, {ratios[-1]:.2f}")
     spread = f" ± {stdev(ratios):.2f}" if len(ratios) > 1 else ""
     print(f"torch {torch.__version__}: train.py is faster by {mean(ratios):.2f}{spread}")
 
