@@ -150,11 +150,8 @@ def results_table(folder):
         first, last = run.log[0], run.log[-1]
         gap = last["test_loss"] - last["train_loss"]
         shown = {**last, **found, "first_loss": first["train_loss"], "gap": gap}
-        key = (
-            run.settings["model"],
-            run.settings["latent_dim"],
-            describe(run.settings, len(run.log)),
-        )
+        settings = run.settings
+        key = (settings["model"], settings["latent_dim"], describe(settings, len(run.log)))
         groups.setdefault(key, []).append(shown)
         if found.get("baselines"):
             baselines["raw pixels", 28 * 28] = found["baselines"]["pixels"]
