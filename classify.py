@@ -73,10 +73,9 @@ def main():
     data.write(path, found)
 
 
-def fit_forest(features, labels):
-    """Return the report's forest fitted to features [N, D] and labels [N]."""
-    forest = RandomForestClassifier(n_estimators=100, random_state=42, n_jobs=-1)
-    return forest.fit(features, labels)
+def fit_forest(x, y):
+    """Return the report's forest fitted to features x [N, D] and labels y [N]."""
+    return RandomForestClassifier(n_estimators=100, random_state=42, n_jobs=-1).fit(x, y)
 
 
 @torch.no_grad()

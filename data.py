@@ -11,6 +11,7 @@ import math
 import os
 import sys
 import tempfile
+import zipfile
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -134,7 +135,7 @@ CLASSIFICATION = "classification.json"
 RUN_FILES = (STATE, CONFIG, WEIGHTS, LOG, CLASSIFICATION)
 
 ANOTHER_RUN = "choose another --run, or delete the folder"
-RESTORE = f"the train.py command of the run restores it from {STATE}; without that, {ANOTHER_RUN}"
+RESTORE = f"the train.py command of the run restores it from {STATE}; or train in another --run"
 NEEDED = {STATE: ["optimizer", "log"], CLASSIFICATION: ["epoch", "accuracy", "confusion_matrix"]}
 REMEDIES = {STATE: ANOTHER_RUN, CLASSIFICATION: "delete it, then python classify.py"}
 
@@ -167,6 +168,7 @@ def read_run(path):
                 f"files in {path} differ from its {STATE}: unless train.py is just writing them,"
                 " its command for this run restores them"
             )
+        sha256 = digest(state["model"])
     if len(log) < config["epochs"]:
         print(f"Remark: {path} is at epoch {len(log)} of {config['epochs']}.", file=sys.stderr)
     return Run(path, settings_of(config), log, weights, sha256)
@@ -189,13 +191,12 @@ def read_classification(run):
 
 
 def read(path):
-    """Return what `write` put into a file of a run. Code in it is never run.
-
-    Raises UserError if it is missing, damaged, or lacks what its name promises.
-    """
+    """Return what `write` put into a run's file, no code run; UserError if missing or damaged."""
     remedy = REMEDIES.get(path.name, RESTORE)
     try:
         if path.suffix == ".pth":
+            if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
+                raise ValueError("a checksum is wrong, at which torch.load does not look")
             content = dict(torch.load(path, map_location="cpu", weights_only=True))
         else:
             text = path.read_text(encoding="utf-8")
@@ -209,6 +210,8 @@ def read(path):
         return content
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: {remedy}") from error
+    except PermissionError:  # says itself what is wrong
+        raise
     except Exception as error:  # damaged bytes can raise almost anything
         raise UserError(f"{path} is damaged ({type(error).__name__}): {remedy}") from error
 
@@ -303,7 +306,7 @@ def command_line(description):
 def run_script(main, when_interrupted):
     """Call `main`; an expected failure ends in one line on standard error, not a traceback."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8")  # Windows has an encoding without μ and −
+        stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # Windows lacks μ and −
     try:
         main()
     except KeyboardInterrupt:

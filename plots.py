@@ -41,8 +41,7 @@ def main():
     for model in models:
         torch.manual_seed(0)
         rows.append(model(firsts)[0])
-    titles = [data.CLASSES[label] for label in classes]
-    save(run, "reconstructions.png", draw_grid(rows, names, titles))
+    save(run, "reconstructions.png", draw_grid(rows, names, [data.CLASSES[k] for k in classes]))
     torch.manual_seed(0)
     z = torch.randn(100, run.settings["latent_dim"]).to(args.device)
     save(run, "samples.png", draw_grid(models[0].decode(z).split(10)))
@@ -142,8 +141,8 @@ def results_table(folder):
     present weights are left out, with a remark. Baselines, which have no seed, stand below.
     """
     groups, baselines = {}, {}
-    for path in sorted(folder.glob("*/seed*")):
-        run = data.read_run(path)
+    for path in sorted(folder.glob(f"*/seed*/{data.CONFIG}")):
+        run = data.read_run(path.parent)
         found = data.read_classification(run)
         if found is None:
             continue

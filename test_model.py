@@ -208,9 +208,6 @@ def test_transposed_convolution_keeps_the_process_wide_flag(before, channels, mo
     layer, x = TransposedConv2d(4, channels, 4, 2, 1), torch.rand(2, 4, 5, 5)
     torch.testing.assert_close(layer(x), nn.ConvTranspose2d.forward(layer, x))
     assert torch.backends.mkldnn.enabled is before
-    with pytest.raises(RuntimeError):
-        layer(torch.rand(2, 5, 5, 5))
-    assert torch.backends.mkldnn.enabled is before
 
 
 def check_data(root):
@@ -248,13 +245,12 @@ def test_no_data_and_no_network(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "DEBIAN_PACKAGE", tmp_path / "absent")
     monkeypatch.setattr(data.FashionMNIST, "mirrors", ["http://127.0.0.1:9/"])
     message = fail("train.py", tmp_path / "run", data=tmp_path / "data", epochs=1)
-    clues = ("127.0.0.1", "dataset-fashion-mnist", str(tmp_path / "data"))
-    assert all(clue in message for clue in clues)
+    assert "127.0.0.1" in message and str(tmp_path / "data") in message
     assert set(contents(tmp_path / "run")) == {"train.lock"}
 
 
 SPOILED_DATA = [  # what becomes of the images, of the labels; bytes leaves them as they are
-    *[(damage, bytes) for damage in (lambda content: content[:5000], lambda content: content[:2])],
+    (lambda content: content[:5000], bytes),
     *[(lambda _, new=new: new, bytes) for new in (b"", bytes(range(256)) * 40)],
     (lambda _: idx(torch.zeros(10, 5, 5)), bytes),
     (lambda _: idx(torch.zeros(0, 28, 28)), lambda _: idx(torch.zeros(0))),
@@ -286,9 +282,8 @@ def test_the_defaults_are_the_report_s(monkeypatch, tmp_path):
     assert args["run"] == Path("runs/convvae") and args["data"] == Path("data/fashion-mnist")
     assert args["device"] in ("cuda", "mps", "cpu")
     monkeypatch.chdir(tmp_path)
-    for script in SCRIPTS:
-        assert call(script, "--help") == (0, "")
-        assert script == "train.py" or str(args["run"]) in call(script)[1]
+    assert all(call(script, "--help") == (0, "") for script in SCRIPTS)
+    assert all(str(args["run"]) in call(script)[1] for script in ("classify.py", "plots.py"))
 
 
 def test_training_is_the_report_s(tmp_path):
@@ -354,8 +349,8 @@ def test_what_training_says_and_writes(tmp_path, capsys, monkeypatch):
     assert last == "Mean of the run: 3 training images/s, test passes included"
     assert not torch.backends.cudnn.allow_tf32
     config = {"model": "fc", "latent_dim": 8, "batch_size": 32, "lr": 5e-4, "seed": 0, "epochs": 2}
-    made = {"torch": str(torch.__version__), "device": "cpu"}
-    assert read_json(run / data.CONFIG) == {**config, **made}
+    config |= {"torch": str(torch.__version__), "device": "cpu"}
+    assert read_json(run / data.CONFIG) == config
     assert set(contents(run)) == {data.STATE, *VIEWS, "train.lock"}
 
 
@@ -449,7 +444,7 @@ def test_a_run_without_a_state_is_left_alone(files, run):
         (run / name).unlink()
     before = contents(run)
     message = fail("train.py", run, epochs=3)
-    assert data.STATE in message and "another --run" in message
+    assert f"{data.STATE} is missing" in message and "another --run" in message
     assert contents(run) == before
 
 
@@ -465,8 +460,9 @@ def test_other_settings_are_refused_by_name(run):
         assert contents(run) == before
 
 
-def test_a_setting_that_is_new_has_its_default(run, three_epochs, monkeypatch):
+def test_the_readme_s_table_and_a_setting_that_is_new(run, three_epochs, monkeypatch):
     readme_table = plots.results_table(HERE / "results")
+    assert readme_table in (HERE / "README.md").read_text(encoding="utf-8")
     option = {"type": data.between(float, 0, 9), "default": 1.0, "help": "new"}
     monkeypatch.setitem(data.SETTINGS, "weight", option)
     assert plots.results_table(HERE / "results") == readme_table
@@ -489,10 +485,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path):
     succeed("train.py", new, epochs=1, lr=0.001)
 
 
-# ------------------------------------------------------------------------------------------
-# Bad input: one line, an exit code, and nothing overwritten
-
-
 class Bomb:
     def __reduce__(self):
         return (open, ("exploded", "w"))  # what loading it would do
@@ -512,7 +504,20 @@ def swap(old, new):
     return lambda content: content.replace(old, new)
 
 
-TENSORS = [half, b"", bytes(range(255, 0, -1)) * 20, pickle.dumps(Bomb(), 2), saved(torch.zeros(3))]
+def flip(content):  # within a tensor, where torch.load does not notice
+    changed = bytearray(content)
+    changed[len(content) // 2] ^= 1
+    return changed
+
+
+TENSORS = [
+    flip,
+    half,
+    b"",
+    bytes(range(255, 0, -1)) * 20,
+    pickle.dumps(Bomb(), 2),
+    saved(torch.zeros(3)),
+]
 OTHERS = [saved({"weight": torch.zeros(3)}), saved({"weight": "x"}), saved({})]
 SPOILED = [
     *[(data.STATE, "train.py", damage) for damage in TENSORS + OTHERS],
@@ -603,12 +608,6 @@ def test_ctrl_c_ends_in_one_line(capsys):
     with pytest.raises(SystemExit) as end:
         data.run_script(lambda: signal.raise_signal(signal.SIGINT), "told")
     assert end.value.code == 130 and capsys.readouterr().err == "Interrupted: told.\n"
-    for script in ("classify.py", "plots.py"):  # nothing goes on there
-        assert 'the same command starts over")' in (HERE / script).read_text(encoding="utf-8")
-
-
-# ------------------------------------------------------------------------------------------
-# Classification and figures of merit
 
 
 def test_classification_by_hand(finished):
@@ -641,7 +640,6 @@ def test_classification_by_hand(finished):
     guesses = {"pixels": forest(*pixels), "pca": forest(*map(pca.transform, pixels))}
     right = {name: (guess == test_y.numpy()).mean() for name, guess in guesses.items()}
     assert found["baselines"] == pytest.approx(right, abs=1e-12)
-    assert found["active_dimensions"] == (codes[1].var(dim=0) > 0.01).sum()
     assert found["epoch"] == 2
 
 
@@ -680,10 +678,19 @@ def test_figures_of_merit_of_a_perfect_and_of_a_grey_model():
     assert classify.gradient_energy(step) == classify.gradient_energy(step.mT) == 28 * 0.25
 
 
-def test_baselines(run, tmp_path):
-    before = contents(run)
+def test_baselines_and_active_dimensions(run, tmp_path):
+    before, model = contents(run), load_model(data.read_run(run), "cpu")
     succeed("classify.py", run)
-    assert contents(run) == before  # those of before are kept
+    assert contents(run) == before  # the baselines of before are kept
+    weights = torch.load(run / data.WEIGHTS, weights_only=True)
+    variances = torch.tensor([1, 0.2, 0.05, 0.02, 0.008, 0.005, 0.001, 0])
+    scale = (variances / classify.latent_means(model, TEST[0][:, None] / 255).var(dim=0)).sqrt()
+    weights["fc_mu.weight"] *= scale[:, None]
+    weights["fc_mu.bias"] *= scale
+    (run / data.STATE).unlink()
+    torch.save(weights, run / data.WEIGHTS)
+    succeed("classify.py", run)
+    assert read_json(run / data.CLASSIFICATION)["active_dimensions"] == 4
     wide = tmp_path / "wide"
     succeed("train.py", wide, epochs=1, **{"latent-dim": 601, "model": "fc"})
     assert "600" in fail("classify.py", wide, "--baselines")
@@ -816,25 +823,18 @@ def test_results_table(run, tmp_path, capsys):
     assert table[5][:2] == ["raw pixels", "784"] and table[5][-1] == "75.00" and len(table) == 6
 
 
-def test_the_readme_s_table_is_that_of_the_results():
-    table = plots.results_table(HERE / "results")
-    assert table.count("\n") >= 5
-    assert table in (HERE / "README.md").read_text(encoding="utf-8")
-
-
 def test_the_scripts_as_a_user_runs_them(tmp_path):
     """With an encoding, as on Windows, that has no μ and no −."""
     run, output = tmp_path / "table" / "any" / "seed0", []
     scripts = [("train.py", "--epochs", 3), ("plots.py",), ("classify.py",), ("plots.py",)]
     for script, *options in [*scripts, ("plots.py", "--table", tmp_path / "table")]:
         line = [sys.executable, HERE / script, *words(run), *map(str, options)]
-        settings = {"capture_output": True, "encoding": "utf-8", "cwd": tmp_path}
+        settings = {"check": True, "capture_output": True, "encoding": "utf-8", "cwd": tmp_path}
         environment = {**os.environ, "PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
-        done = subprocess.run(line, check=False, env=environment, **settings)
-        assert done.returncode == 0, done.stderr
+        done = subprocess.run(line, env=environment, **settings)
         output.append((done.stdout, done.stderr))
     assert f"classify.py --run {run}" in output[1][1]
-    assert [errors for _, errors in (output[0], *output[2:])] == [""] * 4
+    assert {errors for _, errors in (output[0], *output[2:])} == {""}
     figures = ("loss_curves", "reconstructions", "samples", "latent_space", "confusion_matrix")
     assert output[3][0].splitlines() == [str(run / f"{name}.png") for name in figures]
     for name in figures:

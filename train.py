@@ -118,11 +118,8 @@ def find_state(run, settings):
     Raises UserError if the folder holds a run with other settings, or files of a run without
     (or with a damaged) state.pth, such as a published one.
     """
-    files = [name for name in data.RUN_FILES if (run / name).exists()]
-    if not files:
+    if not any((run / name).exists() for name in data.RUN_FILES):
         return None
-    if data.STATE not in files:
-        raise data.UserError(f"{run} has {files[0]}, but no {data.STATE}: {data.ANOTHER_RUN}")
     state = data.read(run / data.STATE)
     there = data.settings_of(state["config"])
     for name, value in settings.items():
