@@ -829,9 +829,9 @@ def test_the_scripts_as_a_user_runs_them(tmp_path):
     scripts = [("train.py", "--epochs", 3), ("plots.py",), ("classify.py",), ("plots.py",)]
     for script, *options in [*scripts, ("plots.py", "--table", tmp_path / "table")]:
         line = [sys.executable, HERE / script, *words(run), *map(str, options)]
-        settings = {"check": True, "capture_output": True, "encoding": "utf-8", "cwd": tmp_path}
+        settings = {"capture_output": True, "encoding": "utf-8", "cwd": tmp_path}
         environment = {**os.environ, "PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
-        done = subprocess.run(line, env=environment, **settings)
+        done = subprocess.run(line, check=True, env=environment, **settings)
         output.append((done.stdout, done.stderr))
     assert f"classify.py --run {run}" in output[1][1]
     assert {errors for _, errors in (output[0], *output[2:])} == {""}
