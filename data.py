@@ -191,7 +191,7 @@ def read_classification(run):
 
 
 def read(path):
-    """Return what `write` put into a run's file, no code run; UserError if missing or damaged."""
+    """Return what `write` put there, running no code in it; UserError if missing or damaged."""
     remedy = REMEDIES.get(path.name, RESTORE)
     try:
         if path.suffix == ".pth":

@@ -51,9 +51,10 @@ def main():
         if on_cuda:
             train_step = CapturedStep(train_step, args.batch_size)
         where = f"cuda ({torch.cuda.get_device_name()})" if on_cuda else device
-        made = {"torch": str(torch.__version__), "device": where}  # str: else no plain data
+        made = {"torch": str(torch.__version__), "device": where}  # plain, to be loaded
         config = {**settings, "epochs": args.epochs, **made}
-        print(f"{type(model).__name__} on {where}, epochs {len(log) + 1} to {args.epochs}")
+        epochs = f"epochs {len(log) + 1} to {args.epochs}"
+        print(f"{type(model).__name__} on {where}, {epochs}", flush=True)
 
         for epoch in range(len(log) + 1, args.epochs + 1):
             start = time.perf_counter()
