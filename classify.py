@@ -1,17 +1,14 @@
 """Measure a run: a Random Forest on its latent codes, and its quality as a generative model."""
 
-import copy
-
 import torch
 import torch.nn.functional as F
 from sklearn.decomposition import PCA
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.metrics import confusion_matrix
+from sklearn.mixture import GaussianMixture
 
 import data
-from model import kl_divergence, load_model, reconstruction_bce
-
-BATCH = 128
+from model import BATCH, kl_divergence, latent_means, load_model, reconstruction_bce
 
 
 def main():
@@ -24,15 +21,19 @@ def main():
     # Baselines depend on no weights, so those of an earlier classification stay.
     path = run.path / data.CLASSIFICATION
     baselines = data.read(path).get("baselines") if path.exists() else None
-    train_images, train_labels = data.load_split(args.data, train=True)
-    test_images, test_labels = data.load_split(args.data, train=False)
+    hold_out = run.settings["hold_out"]
+    train_images, train_labels = data.load_split(args.data, True, hold_out)
+    test_images, test_labels = data.load_split(args.data, False, hold_out)
     components = min(len(train_images), 28 * 28)
     if args.baselines and latent_dim > components:
         raise data.UserError(f"--baselines: PCA has {components} components, not {latent_dim}")
 
-    merit = figures_of_merit(model, test_images.to(args.device))
     train_mu = latent_means(model, train_images)
     test_mu = latent_means(model, test_images)
+    # The codes' own distribution, to sample from it (Ghosh et al., 2020).
+    mixture = GaussianMixture(10, random_state=42).fit(train_mu.double())
+    z = torch.tensor(mixture.sample(len(test_mu))[0]).float()
+    merit = figures_of_merit(model, test_images.to(args.device), z.to(args.device))
     # The criterion for an active unit of Burda, Grosse & Salakhutdinov (2016).
     merit["active_dimensions"] = (test_mu.var(dim=0) > 0.01).sum().item()
 
@@ -79,17 +80,7 @@ def fit_forest(x, y):
 
 
 @torch.no_grad()
-def latent_means(model, images):
-    """Return μ(x), [N, latent_dim] float32, on the CPU.
-
-    It is computed there in float64, so that rounding, and the forest, are the same everywhere.
-    """
-    model = copy.deepcopy(model).cpu().double()
-    return torch.cat([model.encode(x.double())[0].float() for x in images.split(BATCH)])
-
-
-@torch.no_grad()
-def figures_of_merit(model, images):
+def figures_of_merit(model, images, mixture_z):
     """Return what tells of reconstructions and samples, for test images [N, 1, 28, 28].
 
     A reconstruction is the model's forward pass, z sampled, as in the test loss.
@@ -99,11 +90,13 @@ def figures_of_merit(model, images):
     - mse: squared error per pixel, values in [0, 1].
     - sharpness_reconstructions, sharpness_samples: gradient energy of N reconstructions, and
       of N samples z ~ N(0, I), over that of the images; 1 is as sharp as they are.
+    - sharpness_mixture_samples: the same for samples of the codes' distribution, `mixture_z`.
     """
     torch.manual_seed(0)
     outputs = zip(*(model(x) for x in images.split(BATCH)))
     reconstructions, mu, logvar = (torch.cat(parts) for parts in outputs)
     samples = torch.cat([model.decode(z) for z in torch.randn_like(mu).split(BATCH)])
+    mixture_samples = torch.cat([model.decode(z) for z in mixture_z.split(BATCH)])
     bce = reconstruction_bce(reconstructions, images).item() / len(images)
     bce_floor = reconstruction_bce(images, images).item() / len(images)
     energy = gradient_energy(images)
@@ -115,6 +108,7 @@ def figures_of_merit(model, images):
         "mse": F.mse_loss(reconstructions, images).item(),
         "sharpness_reconstructions": gradient_energy(reconstructions) / energy,
         "sharpness_samples": gradient_energy(samples) / energy,
+        "sharpness_mixture_samples": gradient_energy(mixture_samples) / energy,
     }
 
 

@@ -33,25 +33,31 @@ class UserError(Exception):
 # Fashion-MNIST
 
 
-def load_split(root, train):
+def load_split(root, train, hold_out=0):
     """Return the images and labels of one split of Fashion-MNIST (Xiao et al., 2017).
 
     Images are [N, 1, 28, 28] float32 in [0, 1] (the grey value over 255), labels [N] int64 in
-    0 to 9; N is 60,000 for training, 10,000 for test. What `root` lacks is unpacked from .gz
-    files placed in it, from Debian's package `dataset-fashion-mnist`, or downloaded.
-    Raises UserError if the data cannot be had or is damaged.
+    0 to 9; N is 60,000 for training, 10,000 for test. With `hold_out` the last so many training
+    images take the place of the test set. What `root` lacks is unpacked from .gz files placed in
+    it, from Debian's package `dataset-fashion-mnist`, or downloaded.
+    Raises UserError if the data cannot be had, is damaged, or is all held out.
     """
     raw = Path(root) / "FashionMNIST" / "raw"
     complete_raw_files(raw)
     try:
-        split = FashionMNIST(root, train=train)
+        split = FashionMNIST(root, train=train or hold_out > 0)
         images, labels = split.data, split.targets
         if images.shape != (len(labels), 28, 28) or labels.min() < 0 or labels.max() > 9:
             raise ValueError("not as many 28×28 images as labels from 0 to 9")
     # What torchvision raises on a damaged file depends on where the damage is.
     except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        files = f"{raw}/{'train' if train else 't10k'}-*"
+        files = f"{raw}/{'train' if train or hold_out else 't10k'}-*"
         raise UserError(f"{files} are damaged or not Fashion-MNIST: delete them") from error
+    if hold_out >= len(images):
+        raise UserError(f"--hold-out {hold_out} leaves none of {len(images)} images to train on")
+    if hold_out:
+        part = slice(-hold_out) if train else slice(-hold_out, None)
+        images, labels = images[part], labels[part]
     return images.unsqueeze(1).float().div_(255), labels
 
 
@@ -117,11 +123,24 @@ def between(kind, low, high):
 LARGE = 2**31 - 1
 # As options of train.py. A run made before a setting existed has its default.
 SETTINGS = {
-    "model": {"choices": ("conv", "fc"), "default": "conv", "help": "ConvVAE or fully connected"},
+    "model": {"choices": ("conv", "fc", "deep"), "default": "conv", "help": "the network"},
     "latent_dim": {"type": between(int, 1, 4096), "default": 32, "help": "numbers in a code"},
     "batch_size": {"type": between(int, 1, LARGE), "default": 128, "help": "images per update"},
     "lr": {"type": between(float, 1e-12, 1e3), "default": 5e-4, "help": "learning rate of Adam"},
     "seed": {"type": between(int, 0, LARGE), "default": 0, "help": "of all random draws"},
+    "beta": {"type": between(float, 0, 1e6), "default": 1.0, "help": "weight of the KLD"},
+    "lr_scheduler": {
+        "choices": ("constant", "plateau", "cosine"),
+        "default": "constant",
+        "help": "torch's; plateau watches the train loss",
+    },
+    "hold_out": {
+        "type": between(int, 0, LARGE),
+        "default": 0,
+        "help": "training images to test on",
+    },
+    "feature_weight": {"type": between(float, 0, 1e6), "default": 0.0, "help": "feature matching"},
+    "feature_run": {"type": str, "default": "", "help": "run whose encoder gives the features"},
 }
 EPOCHS = {"type": between(int, 1, LARGE), "default": 100, "help": "epochs in all"}
 LOSSES = [f"{split}_{loss}" for split in ("train", "test") for loss in ("loss", "bce", "kld")]

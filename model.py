@@ -1,10 +1,14 @@
 """The networks of the report, their loss, and loading saved weights."""
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import data
+
+BATCH = 128  # images at a time where none is trained on
 
 
 class VAE(nn.Module):
@@ -42,10 +46,14 @@ class ConvVAE(VAE):
         self.dec2 = TransposedConv2d(64, 32, 4, 2, 1)  # 32×14×14
         self.dec3 = TransposedConv2d(32, 1, 4, 2, 1)  # 1×28×28
 
+    def features(self, x):
+        """Return what the three convolutions make of x: 32×14×14, 64×7×7, 128×3×3 an image."""
+        h1 = F.relu_(self.enc1(x))
+        h2 = F.relu_(self.enc2(h1))
+        return h1, h2, F.relu_(self.enc3(h2))
+
     def encode(self, x):
-        h = F.relu_(self.enc1(x))
-        h = F.relu_(self.enc2(h))
-        h = F.relu_(self.enc3(h)).flatten(1)
+        h = self.features(x)[-1].flatten(1)
         return self.fc_mu(h), self.fc_log(h)
 
     def decode(self, z):
@@ -78,7 +86,41 @@ class FullyConnectedVAE(VAE):
         return torch.sigmoid(self.fc_out(h)).view(-1, 1, 28, 28)
 
 
-MODELS = {"conv": ConvVAE, "fc": FullyConnectedVAE}
+class DeepConvVAE(VAE):
+    """What the report proposes: more convolutions, up to 256 filters, BatchNorm, LeakyReLU."""
+
+    def __init__(self, latent_dim=32):
+        super().__init__()
+
+        def block(layer):
+            return nn.Sequential(layer, nn.BatchNorm2d(layer.out_channels), nn.LeakyReLU(0.2))
+
+        self.enc = nn.Sequential(
+            block(nn.Conv2d(1, 32, kernel_size=4, stride=2, padding=1)),  # 32×14×14
+            block(nn.Conv2d(32, 64, 4, 2, 1)),  # 64×7×7
+            block(nn.Conv2d(64, 128, 4, 2, 1)),  # 128×3×3
+            block(nn.Conv2d(128, 256, 3, 1, 1)),  # 256×3×3
+        )
+        self.fc_mu = nn.Linear(256 * 3 * 3, latent_dim)
+        self.fc_log = nn.Linear(256 * 3 * 3, latent_dim)
+        self.fc_dec = nn.Linear(latent_dim, 256 * 3 * 3)
+        self.dec = nn.Sequential(
+            block(nn.Conv2d(256, 128, 3, 1, 1)),  # 128×3×3
+            block(TransposedConv2d(128, 64, 4, 2, 1, output_padding=1)),  # 64×7×7
+            block(TransposedConv2d(64, 32, 4, 2, 1)),  # 32×14×14
+            TransposedConv2d(32, 1, 4, 2, 1),  # 1×28×28
+        )
+
+    def encode(self, x):
+        h = self.enc(x).flatten(1)
+        return self.fc_mu(h), self.fc_log(h)
+
+    def decode(self, z):
+        h = F.leaky_relu(self.fc_dec(z), 0.2).view(-1, 256, 3, 3)
+        return torch.sigmoid(self.dec(h))
+
+
+MODELS = {"conv": ConvVAE, "fc": FullyConnectedVAE, "deep": DeepConvVAE}
 
 
 def reconstruction_bce(recon_x, x):
@@ -102,7 +144,7 @@ def loss_function(recon_x, x, mu, logvar):
 
 
 # ------------------------------------------------------------------------------------------
-# Loading
+# Loading and encoding
 
 
 def load_model(run, device):
@@ -119,7 +161,17 @@ def load_model(run, device):
     except RuntimeError as error:
         problem = f"is of another network than {data.CONFIG} says"
         raise data.UserError(f"{path} {problem}: {data.RESTORE}") from error
-    return model.to(device)
+    return model.to(device).eval()
+
+
+@torch.no_grad()
+def latent_means(model, images):
+    """Return μ(x), [N, latent_dim] float32, on the CPU.
+
+    It is computed there in float64, so that rounding, and the forest, are the same everywhere.
+    """
+    model = copy.deepcopy(model).cpu().double()
+    return torch.cat([model.encode(x.double())[0].float() for x in images.split(BATCH)])
 
 
 # ------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from statistics import mean, stdev
+from textwrap import fill
 
 import matplotlib
 import torch
@@ -9,44 +10,44 @@ from matplotlib import pyplot as plt
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from sklearn.metrics import ConfusionMatrixDisplay
+from sklearn.mixture import GaussianMixture
 
 import data
-from model import load_model
+from model import latent_means, load_model
 
 matplotlib.use("Agg")  # files only, also where there is no screen
-BATCH = 128
-NETWORKS = {"conv": "ConvVAE", "fc": "Fully connected VAE"}
+NETWORKS = {"conv": "ConvVAE", "fc": "Fully connected VAE", "deep": "Deep ConvVAE"}
 
 
 @torch.no_grad()
 def main():
     parser = data.command_line(__doc__)
-    parser.add_argument("--compare", type=Path, metavar="RUN", help="show its reconstructions too")
+    compare = {"nargs": "+", "default": [], "help": "show their reconstructions too"}
+    parser.add_argument("--compare", type=Path, metavar="RUN", **compare)
     parser.add_argument("--table", type=Path, metavar="DIR", help="print a table of DIR/*/seed*")
     args = parser.parse_args()
     if args.table:
         print(results_table(args.table))
         return
     run = data.read_run(args.run)
-    runs = [run, data.read_run(args.compare)] if args.compare else [run]
+    runs = [run, *map(data.read_run, args.compare)]
     models = [load_model(one, args.device) for one in runs]
     classification = data.read_classification(run)
-    images, labels = data.load_split(args.data, train=False)
+    train_images, _ = data.load_split(args.data, True, run.settings["hold_out"])
+    images, labels = data.load_split(args.data, False, run.settings["hold_out"])
     images = images.to(args.device)
 
     save(run, "loss_curves.png", draw_losses(run.log))
     classes = labels.unique()
     firsts = images[[(labels == label).nonzero()[0].item() for label in classes]]
-    rows, names = [firsts], ["original", *(NETWORKS[one.settings["model"]] for one in runs)]
+    rows, names = [firsts], ["original", *(describe(one.settings, len(one.log)) for one in runs)]
     for model in models:
         torch.manual_seed(0)
         rows.append(model(firsts)[0])
     save(run, "reconstructions.png", draw_grid(rows, names, [data.CLASSES[k] for k in classes]))
-    torch.manual_seed(0)
-    z = torch.randn(100, run.settings["latent_dim"]).to(args.device)
-    save(run, "samples.png", draw_grid(models[0].decode(z).split(10)))
-    # Half of the test set, in half of t-SNE's time.
-    mu = torch.cat([models[0].encode(x)[0].cpu() for x in images[:5000].split(BATCH)])
+    z, names = sample_codes(run.settings["latent_dim"], latent_means(models[0], train_images))
+    save(run, "samples.png", draw_grid(models[0].decode(z.to(args.device)).split(10), names))
+    mu = latent_means(models[0], images[:5000].cpu())  # half of them, in half of t-SNE's time
     save(run, "latent_space.png", draw_latent_space(mu, labels[: len(mu)]))
     if classification:
         save(run, "confusion_matrix.png", draw_confusion_matrix(classification))
@@ -75,6 +76,21 @@ def draw_losses(log):
     return figure
 
 
+def sample_codes(latent_dim, train_mu):
+    """Return codes [100, latent_dim] to decode, and names for their rows of ten.
+
+    Half are from N(0, I), half from a mixture fitted to codes of images (Ghosh et al., 2020);
+    if there are two dimensions, a grid of normal quantiles (Kingma & Welling, 2014, figure 4).
+    """
+    if latent_dim == 2:
+        quantiles = torch.special.ndtri(torch.linspace(0.05, 0.95, 10))
+        return torch.cartesian_prod(quantiles, quantiles), ()
+    torch.manual_seed(0)
+    mixture = GaussianMixture(10, random_state=42).fit(train_mu.double())
+    z = (torch.randn(50, latent_dim), torch.tensor(mixture.sample(50)[0]).float())
+    return torch.cat(z), ["N(0, I)"] * 5 + ["mixture"] * 5
+
+
 def draw_grid(rows, names=(), titles=()):
     """Return a figure of rows of images [C, 1, 28, 28], with names at the left, titles above."""
     size = (1.1 * len(rows[0]), 1.15 * len(rows))
@@ -84,7 +100,7 @@ def draw_grid(rows, names=(), titles=()):
     for axis, picture in zip(axes.flat, torch.cat(rows).cpu()):
         axis.imshow(picture[0].numpy(), cmap="gray", vmin=0, vmax=1)
     for axis, name in zip(axes[:, 0], names):
-        axis.set_ylabel(name.replace(" ", "\n"), fontsize=9)
+        axis.set_ylabel(fill(name, 14), fontsize=9)
     for axis, title in zip(axes[0], titles):
         axis.set_title(title, fontsize=9)
     return figure
@@ -129,6 +145,7 @@ COLUMNS = {  # of the results table: what is shown of a run, times what, and how
     "MSE × 1000": ("mse", 1000, 2),
     "Sharpness, reconstructions": ("sharpness_reconstructions", 1, 3),
     "Sharpness, samples": ("sharpness_samples", 1, 3),
+    "Sharpness, mixture": ("sharpness_mixture_samples", 1, 3),
     "Active dimensions": ("active_dimensions", 1, 1),
     "Accuracy, %": ("accuracy", 100, 2),
 }

@@ -16,6 +16,8 @@ import sys
 import tempfile
 from functools import partial
 from pathlib import Path
+from statistics import NormalDist
+from textwrap import fill
 
 import numpy as np
 import pytest
@@ -23,13 +25,22 @@ import torch
 import torch.nn.functional as F
 from sklearn.decomposition import PCA
 from sklearn.ensemble import RandomForestClassifier
+from sklearn.mixture import GaussianMixture
 from torch import nn
 
 import classify
 import data
 import plots
 import train
-from model import ConvVAE, FullyConnectedVAE, TransposedConv2d, load_model, loss_function
+from model import (
+    MODELS,
+    ConvVAE,
+    FullyConnectedVAE,
+    TransposedConv2d,
+    latent_means,
+    load_model,
+    loss_function,
+)
 from results.speed import ReportVAE, report_loss
 
 HERE = Path(__file__).parent
@@ -277,6 +288,7 @@ def test_the_defaults_are_the_report_s(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["train.py"])
     args = vars(train.parse_arguments())
     expected = {"epochs": 100, "batch_size": 128, "lr": 5e-4, "latent_dim": 32, "model": "conv"}
+    expected |= {"beta": 1.0, "lr_scheduler": "constant", "hold_out": 0, "feature_weight": 0.0}
     assert {name: args[name] for name in expected} == expected
     assert args["run"] == Path("runs/convvae") and args["data"] == Path("data/fashion-mnist")
     assert args["device"] in ("cuda", "mps", "cpu")
@@ -285,10 +297,12 @@ def test_the_defaults_are_the_report_s(monkeypatch, tmp_path):
     assert all(str(args["run"]) in call(script)[1] for script in ("classify.py", "plots.py"))
 
 
-def test_training_is_the_report_s(tmp_path):
+@pytest.mark.parametrize("beta, scheduler", [(1.0, "constant"), (0.25, "cosine")])
+def test_training_is_the_report_s(beta, scheduler, tmp_path):
     """Two epochs against a plain loop over the report's layers, with the same random draws."""
     run, seed, lr = tmp_path / "run", 3, 2e-3
-    succeed("train.py", run, epochs=2, seed=seed, lr=lr, **{"batch-size": 64})
+    proposed = {"beta": beta, "lr-scheduler": scheduler} if beta != 1 else {}
+    succeed("train.py", run, epochs=2, seed=seed, lr=lr, **{"batch-size": 64}, **proposed)
     torch.manual_seed(seed)
     model = ReportVAE(8)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
@@ -296,19 +310,22 @@ def test_training_is_the_report_s(tmp_path):
     rows = data.read_run(run).log
     for epoch, row in enumerate(rows, start=1):
         torch.manual_seed(seed * 1_000_003 + epoch)
+        rate = lr * (1 + math.cos(math.pi * (epoch - 1) / 2)) / 2 if proposed else lr
+        optimizer.param_groups[0]["lr"] = rate
         losses = {"train": 0.0, "test": 0.0}
         for batch in torch.randperm(600).split(64):
             optimizer.zero_grad()
             recon, mu, logvar = model(images[batch])
             loss = report_loss(recon, images[batch], mu, logvar)
-            loss.backward()
+            bce = F.binary_cross_entropy(recon, images[batch], reduction="sum")
+            (bce + beta * (loss - bce)).backward()
             optimizer.step()
             losses["train"] += loss.item() / 600
         with torch.no_grad():
             recon, mu, logvar = model(test_images)
             losses["test"] = report_loss(recon, test_images, mu, logvar).item() / 225
             bce = F.binary_cross_entropy(recon, test_images, reduction="sum").item() / 225
-        assert row["epoch"] == epoch and row["lr"] == lr
+        assert row["epoch"] == epoch and row["lr"] == pytest.approx(rate, rel=1e-12)
         assert row["test_bce"] == pytest.approx(bce, rel=1e-4)
         for split, loss in losses.items():
             assert row[f"{split}_loss"] == pytest.approx(loss, rel=1e-4)
@@ -328,7 +345,7 @@ def test_captured_step_is_the_step_itself():
         torch.manual_seed(0)
         model = ConvVAE().cuda()
         optimizer = torch.optim.Adam(model.parameters(), fused=True, capturable=True)
-        plain = partial(train.update, model, optimizer)
+        plain = partial(train.update, model, optimizer, 1.0, None)
         step = train.CapturedStep(plain, 32) if capture else plain
         terms = [step(x) for _ in range(3) for x in images.split(32)]
         losses.append(torch.stack(terms).cpu())
@@ -347,7 +364,8 @@ def test_what_training_says_and_writes(tmp_path, capsys, monkeypatch):
         assert line == f"Epoch {row['epoch']}: {losses}, 180.00 s, {left} left"
     assert last == "Mean of the run: 3 training images/s, test passes included"
     assert not torch.backends.cudnn.allow_tf32
-    config = {"model": "fc", "latent_dim": 8, "batch_size": 32, "lr": 5e-4, "seed": 0, "epochs": 2}
+    config = {name: option["default"] for name, option in data.SETTINGS.items()}
+    config |= {"model": "fc", "latent_dim": 8, "batch_size": 32, "epochs": 2}
     config |= {"torch": str(torch.__version__), "device": "cpu"}
     assert read_json(run / data.CONFIG) == config
     assert set(contents(run)) == {data.STATE, *VIEWS, "train.lock"}
@@ -481,6 +499,130 @@ def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path):
     new = tmp_path / "new"
     assert "not finite in epoch 1" in fail("train.py", new, epochs=1, lr=1000)
     succeed("train.py", new, epochs=1, lr=0.001)
+
+
+# ------------------------------------------------------------------------------------------
+# What the report proposes
+
+
+def test_learning_rates():
+    rows = [{"train_loss": 9.0, "test_loss": float(-epoch)} for epoch in range(30)]
+    rates = [train.learning_rate("cosine", 1.0, 4, rows[:done]) for done in range(4)]
+    assert rates == pytest.approx([(1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)])
+    # The first epoch is the best; ten without progress are borne, also if the test loss falls.
+    assert train.learning_rate("plateau", 1.0, 99, rows[:11]) == 1.0
+    assert train.learning_rate("plateau", 1.0, 99, rows[:12]) == pytest.approx(0.1)
+    falling = [{"train_loss": -row["test_loss"] * -1} for row in rows]
+    assert train.learning_rate("plateau", 1.0, 99, falling) == 1.0
+    assert train.learning_rate("constant", 0.3, 4, rows) == 0.3
+
+
+PROPOSED = [
+    *[{"lr-scheduler": "cosine"}, {"lr-scheduler": "plateau"}, {"model": "deep"}, {"beta": 0.1}],
+    *[{"hold-out": 100}, {"feature-weight": 0.1}],
+]
+
+
+@pytest.mark.parametrize("options", PROPOSED, ids=lambda options: next(iter(options)))
+def test_proposals_go_on_after_a_kill(options, finished, tmp_path, monkeypatch):
+    run, whole, left, replace = tmp_path / "run", tmp_path / "whole", 5, os.replace
+    options = {"epochs": 3, **options}
+    if "feature-weight" in options:
+        options["feature-run"] = finished
+
+    def rename(*paths):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        replace(*paths)
+
+    succeed("train.py", whole, **options)
+    monkeypatch.setattr(os, "replace", rename)
+    assert call("train.py", *words(run, **options)) == (130, "")
+    monkeypatch.undo()
+    succeed("train.py", run, **options)
+    assert_same_training(run, whole)
+    if "lr-scheduler" not in options:
+        return
+    before, options["epochs"] = contents(run), 4
+    if options["lr-scheduler"] == "cosine":  # all its rates were for three epochs
+        assert "has epochs 3, not 4" in fail("train.py", run, **options)
+        assert contents(run) == before
+    else:
+        succeed("train.py", run, **options)
+
+
+def test_feature_matching_is_part_of_what_is_minimised(finished, tmp_path):
+    options = words(tmp_path / "run", epochs=1, **{"feature-weight": 0.3, "feature-run": finished})
+    sys.argv, argv = ["train.py", *options], sys.argv
+    features = train.load_features(train.parse_arguments())
+    sys.argv = argv
+    encoder = ReportVAE(8)
+    encoder.load_state_dict(torch.load(finished / data.WEIGHTS, weights_only=True))
+    model, gradients = ConvVAE(8), []
+    x = TRAIN[0][:32, None] / 255
+    for by_hand in (True, False):
+        torch.manual_seed(1)
+        if not by_hand:
+            train.update(model, torch.optim.SGD(model.parameters(), lr=0.0), 1.0, features, x)
+        else:
+            recon, mu, logvar = model(x)
+            distance = 0
+            h, target = recon, x
+            for layer in (encoder.enc1, encoder.enc2, encoder.enc3):
+                h, target = layer(h).relu(), layer(target).relu()
+                distance = distance + (h - target).square().sum()
+            (report_loss(recon, x, mu, logvar) + 0.3 * distance).backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+        model.zero_grad()
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
+    fc = tmp_path / "fc"
+    succeed("train.py", fc, epochs=1, model="fc")
+    for folder, told in ((fc, "fc"), (tmp_path / "absent", "no run")):
+        others = {"feature-weight": 1, "feature-run": folder}
+        assert told in fail("train.py", tmp_path / "run", epochs=1, **others)
+
+
+def test_batch_normalisation_is_trained_and_then_left_alone(tmp_path, monkeypatch):
+    seen, loss_terms = [], train.loss_terms
+    spy = lambda model, x: (
+        seen.append((model.training, torch.is_grad_enabled())) or loss_terms(model, x)
+    )
+    monkeypatch.setattr(train, "loss_terms", spy)
+    run = tmp_path / "run"
+    succeed("train.py", run, epochs=1, model="deep", **{"batch-size": 600})
+    assert seen == [(True, True), (False, False)]
+    model, images = load_model(data.read_run(run), "cpu"), TEST[0][:, None] / 255
+    alone = latent_means(model, images[:1])
+    assert torch.equal(latent_means(model, images)[:1], alone)
+    running = {name: tensor for name, tensor in model.state_dict().items() if "running" in name}
+    assert len(running) == 14 and model.enc[0][1].running_mean.abs().sum() > 0
+    assert sum(p.numel() for p in MODELS["deep"]().parameters()) == 1_144_193
+    succeed("classify.py", run)
+    succeed("plots.py", run)
+
+
+def test_hold_out(tmp_path):
+    """The last training images take the place of the test set, which is not even looked at."""
+    images, labels = data.load_split(TINY, False, 100)
+    assert torch.equal(images[:, 0], TRAIN[0][-100:] / 255) and torch.equal(labels, TRAIN[1][-100:])
+    images, labels = data.load_split(TINY, True, 100)
+    assert torch.equal(images[:, 0], TRAIN[0][:-100] / 255) and torch.equal(labels, TRAIN[1][:-100])
+    other = write_data(tmp_path / "data", raw_files(TRAIN, tiny_images(1, seed=9)))
+    for root, run in ((TINY, tmp_path / "run"), (other, tmp_path / "other")):
+        succeed("train.py", run, data=root, epochs=1, **{"hold-out": 100})
+        succeed("classify.py", run, "--baselines", data=root)
+    assert_same_training(tmp_path / "run", tmp_path / "other")
+    found = [
+        (path / data.CLASSIFICATION).read_bytes() for path in (tmp_path / "run", tmp_path / "other")
+    ]
+    assert found[0] == found[1] and np.sum(json.loads(found[0])["confusion_matrix"]) == 100
+    assert "leaves none of 600" in fail("train.py", tmp_path / "all", epochs=1, **{"hold-out": 600})
+
+
+# ------------------------------------------------------------------------------------------
+# Bad input: one line, an exit code, and nothing overwritten
 
 
 class Bomb:
@@ -619,9 +761,7 @@ def test_classification_by_hand(finished):
     (train_x, train_y), (test_x, test_y) = ((x[:, None] / 255, y) for x, y in (TRAIN, TEST))
     with torch.no_grad():
         codes = [model(x.double())[1].float() for x in (train_x, test_x)]
-    assert torch.equal(
-        classify.latent_means(load_model(data.read_run(finished), "cpu"), test_x), codes[1]
-    )
+    assert torch.equal(latent_means(load_model(data.read_run(finished), "cpu"), test_x), codes[1])
 
     def forest(fitted_on, measured_on):
         classifier = RandomForestClassifier(n_estimators=100, random_state=42)
@@ -641,6 +781,12 @@ def test_classification_by_hand(finished):
     guesses = {"pixels": forest(*pixels), "pca": forest(*map(pca.transform, pixels))}
     right = {name: (guess == test_y.numpy()).mean() for name, guess in guesses.items()}
     assert found["baselines"] == pytest.approx(right, abs=1e-12)
+    mixture = GaussianMixture(10, random_state=42).fit(codes[0].double())
+    z = torch.tensor(mixture.sample(225)[0]).float()
+    with torch.no_grad():
+        samples = load_model(data.read_run(finished), "cpu").decode(z)
+    sharpness = classify.gradient_energy(samples) / classify.gradient_energy(test_x)
+    assert found["sharpness_mixture_samples"] == pytest.approx(sharpness, rel=1e-4)
     assert found["epoch"] == 2
 
 
@@ -659,7 +805,7 @@ def test_figures_of_merit_of_a_perfect_and_of_a_grey_model():
     torch.manual_seed(1)
     images, model = torch.rand(3000, 1, 28, 28), Stripes()
     model.picture = lambda x: x
-    merit = classify.figures_of_merit(model, images)
+    merit = classify.figures_of_merit(model, images, torch.ones(3000, 32))
     assert merit["excess_bce"] == merit["mse"] == 0
     assert merit["sharpness_reconstructions"] == 1
     assert merit["kld"] == pytest.approx(16.0)  # ½ μ² in each of 32 dimensions
@@ -667,8 +813,9 @@ def test_figures_of_merit_of_a_perfect_and_of_a_grey_model():
     assert merit["bce_floor"] == pytest.approx(entropy.item(), rel=1e-4)
     # The mean square of a step: 3 for z² with z ~ N(0, I), 1/6 for noise, in two directions.
     assert merit["sharpness_samples"] == pytest.approx(3 / (2 / 6), rel=0.15)
+    assert merit["sharpness_mixture_samples"] == pytest.approx(1 / (2 / 6), rel=0.01)
     model.picture = lambda x: torch.full_like(x, 0.5)
-    merit = classify.figures_of_merit(model, images)
+    merit = classify.figures_of_merit(model, images, torch.ones(3000, 32))
     assert merit["sharpness_reconstructions"] == 0
     assert merit["mse"] == pytest.approx(1 / 12, rel=0.02)  # the variance of uniform noise
     assert merit["bce"] == pytest.approx(784 * math.log(2), rel=1e-5)
@@ -684,7 +831,7 @@ def test_baselines_and_active_dimensions(run, tmp_path):
     assert contents(run) == before  # the baselines of before are kept
     weights = torch.load(run / data.WEIGHTS, weights_only=True)
     variances = torch.tensor([1, 0.2, 0.05, 0.02, 0.008, 0.005, 0.001, 0])
-    scale = (variances / classify.latent_means(model, TEST[0][:, None] / 255).var(dim=0)).sqrt()
+    scale = (variances / latent_means(model, TEST[0][:, None] / 255).var(dim=0)).sqrt()
     weights["fc_mu.weight"] *= scale[:, None]
     weights["fc_mu.bias"] *= scale
     (run / data.STATE).unlink()
@@ -732,11 +879,16 @@ def test_figures_show_the_run(run, figures, tmp_path):
             torch.manual_seed(0)
             rows.append(model(rows[0][:, None])[0][:, 0])
         torch.manual_seed(0)
-        samples = models[0].decode(torch.randn(100, 8))[:, 0]
+        mixture = GaussianMixture(10, random_state=42).fit(
+            latent_means(models[0], TRAIN[0][:, None] / 255).double()
+        )
+        z = torch.cat((torch.randn(50, 8), torch.tensor(mixture.sample(50)[0]).float()))
+        samples = models[0].decode(z)[:, 0]
         mu = models[0].encode(TEST[0][:, None] / 255)[0]
     grid = figures["reconstructions.png"]
     torch.testing.assert_close(shown(grid), torch.cat(rows))
-    names = ["original", "ConvVAE", "Fully\nconnected\nVAE"]
+    told = ["original", "ConvVAE, batch size 32, epochs 2"]
+    names = [fill(name, 14) for name in [*told, "Fully connected VAE, batch size 32, epochs 1"]]
     assert [axis.get_ylabel() for axis in grid.axes[::10]] == names
     assert [axis.get_title() for axis in grid.axes[:10]] == data.CLASSES
     torch.testing.assert_close(shown(figures["samples.png"]), samples)
@@ -755,12 +907,19 @@ def test_figures_show_the_run(run, figures, tmp_path):
     assert (matrix.get_xlabel(), matrix.get_ylabel()) == ("Predicted label", "True label")
 
 
-def test_one_latent_dimension_can_be_drawn(tmp_path, figures):
+@pytest.mark.parametrize("latent_dim", [1, 2])
+def test_few_latent_dimensions_can_be_drawn(latent_dim, tmp_path, figures):
     run = tmp_path / "run"
-    succeed("train.py", run, epochs=1, **{"latent-dim": 1})
+    succeed("train.py", run, epochs=1, **{"latent-dim": latent_dim})
     succeed("classify.py", run)
     succeed("plots.py", run)
     assert len(figures) == 5
+    if latent_dim == 2:  # quantiles of N(0, 1), from 5 % to 95 %, in both directions
+        quantiles = [NormalDist().inv_cdf(0.05 + 0.1 * k) for k in range(10)]
+        z = torch.tensor([[first, second] for first in quantiles for second in quantiles])
+        with torch.no_grad():
+            pictures = load_model(data.read_run(run), "cpu").decode(z)[:, 0]
+        torch.testing.assert_close(shown(figures["samples.png"]), pictures)
 
 
 def test_the_classification_of_other_weights_is_not_shown(run, figures, capsys):
@@ -816,7 +975,11 @@ def test_results_table(run, tmp_path, capsys):
     values = [first["train_loss"], last["train_loss"], last["test_loss"]]
     values += [last["test_loss"] - last["train_loss"], found["excess_bce"], found["kld"]]
     values += [found["mse"] * 1000, found["sharpness_reconstructions"], found["sharpness_samples"]]
-    values += [found["active_dimensions"], found["accuracy"] * 100]
+    values += [
+        found["sharpness_mixture_samples"],
+        found["active_dimensions"],
+        found["accuracy"] * 100,
+    ]
     digits = [len(other[name].partition(".")[2]) for name in head[3:]]
     assert [other[name] for name in head[3:]] == [f"{v:.{d}f}" for v, d in zip(values, digits)]
     assert table[4][:2] == ["PCA", "8"] and table[4][-1] == "25.00"

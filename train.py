@@ -10,11 +10,13 @@ import sys
 import time
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 import data
-from model import MODELS, kl_divergence, reconstruction_bce
+from model import MODELS, kl_divergence, load_model, reconstruction_bce
 
 TEST_BATCH = 500
 # Wipes the counter within an epoch, which is shown on a terminal only.
@@ -33,21 +35,27 @@ def main():
     args = parse_arguments()
     run, device = args.run, args.device
     settings = {name: getattr(args, name) for name in data.SETTINGS}
+    if args.lr_scheduler == "cosine":
+        settings["epochs"] = args.epochs  # its rates depend on it
     state = find_state(run, settings)  # first: a refused folder does not even get a lock file
+    features = load_features(args)
     tune()
 
     with only_writer(run):
         torch.manual_seed(args.seed)
         model = MODELS[args.model](args.latent_dim).to(device, memory_format=torch.channels_last)
         on_cuda = device == "cuda"
-        optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True, capturable=on_cuda)
+        lr = args.lr
+        if on_cuda and args.lr_scheduler != "constant":
+            lr = torch.tensor(lr, device=device)  # a captured step reads it at each replay
+        optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True, capturable=on_cuda)
         log = go_on(run, state, model, optimizer) if state else []
         if len(log) >= args.epochs:
             print(f"{run} is finished: {len(log)} epochs. To go on, give more --epochs.")
             return
-        train_images = data.load_split(args.data, train=True)[0].to(device)
-        test_images = data.load_split(args.data, train=False)[0].to(device)
-        train_step = partial(update, model, optimizer)
+        train_images = data.load_split(args.data, True, args.hold_out)[0].to(device)
+        test_images = data.load_split(args.data, False, args.hold_out)[0].to(device)
+        train_step = partial(update, model, optimizer, args.beta, features)
         if on_cuda:
             train_step = CapturedStep(train_step, args.batch_size)
         where = f"cuda ({torch.cuda.get_device_name()})" if on_cuda else device
@@ -60,13 +68,17 @@ def main():
             start = time.perf_counter()
             # An epoch has a seed of its own, so that a run goes on without a random state.
             torch.manual_seed((args.seed * 1_000_003 + epoch) % 2**32)
+            rate = learning_rate(args.lr_scheduler, args.lr, args.epochs, log)
+            for group in optimizer.param_groups:
+                group["lr"] = group["lr"].fill_(rate) if torch.is_tensor(group["lr"]) else rate
+            model.train()
             batches = torch.randperm(len(train_images), device=device).split(args.batch_size)
             row = {"epoch": epoch, **mean_losses("train", train_step, train_images, batches)}
+            model.eval()
             batches = torch.arange(len(test_images), device=device).split(TEST_BATCH)
-            with torch.no_grad():
-                row |= mean_losses("test", partial(loss_terms, model), test_images, batches)
+            row |= mean_losses("test", partial(evaluate, model), test_images, batches)
             seconds = time.perf_counter() - start
-            row |= {"lr": args.lr, "seconds": seconds}
+            row |= {"lr": rate, "seconds": seconds}
             if not math.isfinite(row["train_loss"] + row["test_loss"]):
                 advice = "try a smaller --lr, in another --run; finished epochs are kept"
                 raise data.UserError(f"the loss is not finite in epoch {epoch}: {advice}")
@@ -94,19 +106,78 @@ def mean_losses(split, step, images, batches):
     return {f"{split}_loss": bce + kld, f"{split}_bce": bce, f"{split}_kld": kld}
 
 
-def update(model, optimizer, x):
-    """Update the model on a batch [B, 1, 28, 28]; return its `loss_terms` from before."""
+def update(model, optimizer, beta, features, x):
+    """Update the model on a batch [B, 1, 28, 28]; return its BCE and KLD as `loss_terms` does.
+
+    BCE + β·KLD is minimised, plus what `features` makes of reconstruction and image, if given.
+    """
     optimizer.zero_grad()
-    terms = loss_terms(model, x)
-    terms.sum().backward()
+    terms, reconstruction = loss_terms(model, x)
+    objective = terms[0] + beta * terms[1]
+    if features:
+        objective = objective + features(reconstruction, x)
+    objective.backward()
     optimizer.step()
     return terms.detach()
 
 
+@torch.no_grad()
+def evaluate(model, x):
+    """Return the BCE and KLD of a batch of the test set."""
+    return loss_terms(model, x)[0]
+
+
 def loss_terms(model, x):
-    """Return [BCE, KLD] of a batch, in nats summed over it, still on the device."""
+    """Return [BCE, KLD] of a batch, in nats summed over it, on the device; the reconstruction."""
     reconstruction, mu, logvar = model(x)
-    return torch.stack((reconstruction_bce(reconstruction, x), kl_divergence(mu, logvar)))
+    terms = torch.stack((reconstruction_bce(reconstruction, x), kl_divergence(mu, logvar)))
+    return terms, reconstruction
+
+
+# ------------------------------------------------------------------------------------------
+# What the report proposes
+
+
+def learning_rate(scheduler, lr, epochs, log):
+    """Return the rate of the epoch after those in `log`, by torch's own scheduler.
+
+    It is stepped through the log each time, so nothing of it needs to be saved. "plateau"
+    (torch's defaults: ten times less after ten epochs without progress) watches the train loss.
+    """
+    if scheduler == "constant":
+        return lr
+    stand_in = torch.optim.SGD([torch.zeros(1)], lr=lr)
+    if scheduler == "cosine":
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(stand_in, T_max=epochs)
+    else:
+        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(stand_in)
+    for row in log:
+        stand_in.step()
+        if scheduler == "cosine":
+            schedule.step()
+        else:
+            schedule.step(row["train_loss"])
+    return stand_in.param_groups[0]["lr"]
+
+
+def load_features(args):
+    """Return what feature matching adds to the loss, a function of reconstruction and image.
+
+    It is --feature-weight times the squared distance, summed, between what the convolutions of
+    --feature-run's encoder make of the two (Hou et al., 2017, there with VGG); None without one.
+    """
+    if not args.feature_weight:
+        return None
+    run = data.read_run(Path(args.feature_run))
+    encoder = load_model(run, args.device).requires_grad_(False)
+    if not hasattr(encoder, "features"):
+        raise data.UserError(f"--feature-run {run.path}: its network has no convolutions")
+
+    def distance(reconstruction, x):
+        pairs = zip(encoder.features(reconstruction), encoder.features(x))
+        return args.feature_weight * sum(F.mse_loss(*pair, reduction="sum") for pair in pairs)
+
+    return distance
 
 
 # ------------------------------------------------------------------------------------------
@@ -122,7 +193,7 @@ def find_state(run, settings):
     if not any((run / name).exists() for name in data.RUN_FILES):
         return None
     state = data.read(run / data.STATE)
-    there = data.settings_of(state["config"])
+    there = {**data.settings_of(state["config"]), "epochs": state["config"]["epochs"]}
     for name, value in settings.items():
         if there[name] != value:
             raise data.UserError(f"{run} has {name} {there[name]}, not {value}: {data.ANOTHER_RUN}")
