@@ -5,10 +5,9 @@ import torch.nn.functional as F
 from sklearn.decomposition import PCA
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.metrics import confusion_matrix
-from sklearn.mixture import GaussianMixture
 
 import data
-from model import BATCH, kl_divergence, latent_means, load_model, reconstruction_bce
+from model import BATCH, kl_divergence, latent_means, load_model, reconstruction_bce, sample_mixture
 
 
 def main():
@@ -30,10 +29,8 @@ def main():
 
     train_mu = latent_means(model, train_images)
     test_mu = latent_means(model, test_images)
-    # The codes' own distribution, to sample from it (Ghosh et al., 2020).
-    mixture = GaussianMixture(10, random_state=42).fit(train_mu.double())
-    z = torch.tensor(mixture.sample(len(test_mu))[0]).float()
-    merit = figures_of_merit(model, test_images.to(args.device), z.to(args.device))
+    mixture_z = sample_mixture(train_mu, len(test_mu)).to(args.device)
+    merit = figures_of_merit(model, test_images.to(args.device), mixture_z)
     # The criterion for an active unit of Burda, Grosse & Salakhutdinov (2016).
     merit["active_dimensions"] = (test_mu.var(dim=0) > 0.01).sum().item()
 

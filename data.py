@@ -134,11 +134,7 @@ SETTINGS = {
         "default": "constant",
         "help": "torch's; plateau watches the train loss",
     },
-    "hold_out": {
-        "type": between(int, 0, LARGE),
-        "default": 0,
-        "help": "training images to test on",
-    },
+    "hold_out": {"type": between(int, 0, LARGE), "default": 0, "help": "train images to test on"},
     "feature_weight": {"type": between(float, 0, 1e6), "default": 0.0, "help": "feature matching"},
     "feature_run": {"type": str, "default": "", "help": "run whose encoder gives the features"},
 }

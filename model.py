@@ -4,6 +4,7 @@ import copy
 
 import torch
 import torch.nn.functional as F
+from sklearn.mixture import GaussianMixture
 from torch import nn
 
 import data
@@ -144,7 +145,7 @@ def loss_function(recon_x, x, mu, logvar):
 
 
 # ------------------------------------------------------------------------------------------
-# Loading and encoding
+# Loading, and codes
 
 
 def load_model(run, device):
@@ -172,6 +173,12 @@ def latent_means(model, images):
     """
     model = copy.deepcopy(model).cpu().double()
     return torch.cat([model.encode(x.double())[0].float() for x in images.split(BATCH)])
+
+
+def sample_mixture(mu, n):
+    """Return n codes from a mixture of ten Gaussians fitted to μ of images (Ghosh et al., 2020)."""
+    mixture = GaussianMixture(10, random_state=42).fit(mu.double())
+    return torch.tensor(mixture.sample(n)[0]).float()
 
 
 # ------------------------------------------------------------------------------------------

@@ -10,10 +10,9 @@ from matplotlib import pyplot as plt
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from sklearn.metrics import ConfusionMatrixDisplay
-from sklearn.mixture import GaussianMixture
 
 import data
-from model import latent_means, load_model
+from model import latent_means, load_model, sample_mixture
 
 matplotlib.use("Agg")  # files only, also where there is no screen
 NETWORKS = {"conv": "ConvVAE", "fc": "Fully connected VAE", "deep": "Deep ConvVAE"}
@@ -86,9 +85,8 @@ def sample_codes(latent_dim, train_mu):
         quantiles = torch.special.ndtri(torch.linspace(0.05, 0.95, 10))
         return torch.cartesian_prod(quantiles, quantiles), ()
     torch.manual_seed(0)
-    mixture = GaussianMixture(10, random_state=42).fit(train_mu.double())
-    z = (torch.randn(50, latent_dim), torch.tensor(mixture.sample(50)[0]).float())
-    return torch.cat(z), ["N(0, I)"] * 5 + ["mixture"] * 5
+    z = torch.cat((torch.randn(50, latent_dim), sample_mixture(train_mu, 50)))
+    return z, ["N(0, I)"] * 5 + ["mixture"] * 5
 
 
 def draw_grid(rows, names=(), titles=()):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
 
 import data
 from model import MODELS, kl_divergence, load_model, reconstruction_bce
@@ -28,7 +29,10 @@ def parse_arguments():
     parser = data.command_line(__doc__)
     for name, option in {"epochs": data.EPOCHS, **data.SETTINGS}.items():
         parser.add_argument(f"--{name.replace('_', '-')}", **option)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if bool(args.feature_weight) != bool(args.feature_run):
+        parser.error("--feature-weight and --feature-run go together")
+    return args
 
 
 def main():
@@ -69,24 +73,24 @@ def main():
             # An epoch has a seed of its own, so that a run goes on without a random state.
             torch.manual_seed((args.seed * 1_000_003 + epoch) % 2**32)
             rate = learning_rate(args.lr_scheduler, args.lr, args.epochs, log)
-            for group in optimizer.param_groups:
-                group["lr"] = group["lr"].fill_(rate) if torch.is_tensor(group["lr"]) else rate
+            group = optimizer.param_groups[0]
+            group["lr"] = group["lr"].fill_(rate) if torch.is_tensor(group["lr"]) else rate
             model.train()
             batches = torch.randperm(len(train_images), device=device).split(args.batch_size)
             row = {"epoch": epoch, **mean_losses("train", train_step, train_images, batches)}
             model.eval()
             batches = torch.arange(len(test_images), device=device).split(TEST_BATCH)
-            row |= mean_losses("test", partial(evaluate, model), test_images, batches)
-            seconds = time.perf_counter() - start
-            row |= {"lr": rate, "seconds": seconds}
+            with torch.no_grad():
+                row |= mean_losses("test", lambda x: loss_terms(model, x)[0], test_images, batches)
+            row |= {"lr": rate, "seconds": time.perf_counter() - start}
             if not math.isfinite(row["train_loss"] + row["test_loss"]):
                 advice = "try a smaller --lr, in another --run; finished epochs are kept"
                 raise data.UserError(f"the loss is not finite in epoch {epoch}: {advice}")
             log.append(row)
             save(run, config, model, optimizer, log)
             losses = f"Train loss {row['train_loss']:.2f}, Test loss {row['test_loss']:.2f}"
-            left = timedelta(seconds=round(seconds * (args.epochs - epoch)))
-            print(f"Epoch {epoch}: {losses}, {seconds:.2f} s, {left} left", flush=True)
+            left = timedelta(seconds=round(row["seconds"] * (args.epochs - epoch)))
+            print(f"Epoch {epoch}: {losses}, {row['seconds']:.2f} s, {left} left", flush=True)
         speed = len(train_images) * len(log) / sum(row["seconds"] for row in log)
         print(f"Mean of the run: {speed:,.0f} training images/s, test passes included")
 
@@ -113,18 +117,12 @@ def update(model, optimizer, beta, features, x):
     """
     optimizer.zero_grad()
     terms, reconstruction = loss_terms(model, x)
-    objective = terms[0] + beta * terms[1]
+    loss = terms[0] + beta * terms[1]
     if features:
-        objective = objective + features(reconstruction, x)
-    objective.backward()
+        loss = loss + features(reconstruction, x)
+    loss.backward()
     optimizer.step()
     return terms.detach()
-
-
-@torch.no_grad()
-def evaluate(model, x):
-    """Return the BCE and KLD of a batch of the test set."""
-    return loss_terms(model, x)[0]
 
 
 def loss_terms(model, x):
@@ -146,18 +144,13 @@ def learning_rate(scheduler, lr, epochs, log):
     """
     if scheduler == "constant":
         return lr
-    stand_in = torch.optim.SGD([torch.zeros(1)], lr=lr)
-    if scheduler == "cosine":
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(stand_in, T_max=epochs)
-    else:
-        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(stand_in)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=lr)  # a stand-in
+    plateau = scheduler == "plateau"
+    schedule = ReduceLROnPlateau(optimizer) if plateau else CosineAnnealingLR(optimizer, epochs)
     for row in log:
-        stand_in.step()
-        if scheduler == "cosine":
-            schedule.step()
-        else:
-            schedule.step(row["train_loss"])
-    return stand_in.param_groups[0]["lr"]
+        optimizer.step()
+        schedule.step(*([row["train_loss"]] if plateau else []))
+    return optimizer.param_groups[0]["lr"]
 
 
 def load_features(args):
@@ -171,7 +164,7 @@ def load_features(args):
     run = data.read_run(Path(args.feature_run))
     encoder = load_model(run, args.device).requires_grad_(False)
     if not hasattr(encoder, "features"):
-        raise data.UserError(f"--feature-run {run.path}: its network has no convolutions")
+        raise data.UserError(f"--feature-run {run.path}: not a run of --model conv")
 
     def distance(reconstruction, x):
         pairs = zip(encoder.features(reconstruction), encoder.features(x))
