@@ -343,12 +343,17 @@ def test_captured_step_is_the_step_itself():
     losses = []
     for capture in (False, True):
         torch.manual_seed(0)
-        model = ConvVAE().cuda()
-        optimizer = torch.optim.Adam(model.parameters(), fused=True, capturable=True)
+        model, lr = ConvVAE().cuda(), torch.tensor(1e-3, device="cuda")
+        optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True, capturable=True)
         plain = partial(train.update, model, optimizer, 1.0, None)
         step = train.CapturedStep(plain, 32) if capture else plain
         terms = [step(x) for _ in range(3) for x in images.split(32)]
         losses.append(torch.stack(terms).cpu())
+        before = model.fc_mu.weight.clone()
+        # As a schedule changes it; a step that was captured must heed it too.
+        optimizer.param_groups[0]["lr"].fill_(0)
+        step(images[:32])
+        assert torch.equal(model.fc_mu.weight, before)
     torch.testing.assert_close(*losses, rtol=0.02, atol=0)
 
 
@@ -512,7 +517,7 @@ def test_learning_rates():
     # The first epoch is the best; ten without progress are borne, also if the test loss falls.
     assert train.learning_rate("plateau", 1.0, 99, rows[:11]) == 1.0
     assert train.learning_rate("plateau", 1.0, 99, rows[:12]) == pytest.approx(0.1)
-    falling = [{"train_loss": -row["test_loss"] * -1} for row in rows]
+    falling = [{"train_loss": row["test_loss"]} for row in rows]
     assert train.learning_rate("plateau", 1.0, 99, falling) == 1.0
     assert train.learning_rate("constant", 0.3, 4, rows) == 0.3
 
@@ -579,16 +584,21 @@ def test_feature_matching_is_part_of_what_is_minimised(finished, tmp_path):
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
     fc = tmp_path / "fc"
     succeed("train.py", fc, epochs=1, model="fc")
-    for folder, told in ((fc, "fc"), (tmp_path / "absent", "no run")):
+    for folder, told in ((fc, "not a run of --model conv"), (tmp_path / "absent", "no run")):
         others = {"feature-weight": 1, "feature-run": folder}
         assert told in fail("train.py", tmp_path / "run", epochs=1, **others)
+    for option, value in (("feature-weight", 1), ("feature-run", finished)):
+        assert call("train.py", *words(tmp_path / "run", epochs=1, **{option: value}))[0] == 2
+    assert not (tmp_path / "run").exists()
 
 
 def test_batch_normalisation_is_trained_and_then_left_alone(tmp_path, monkeypatch):
     seen, loss_terms = [], train.loss_terms
-    spy = lambda model, x: (
-        seen.append((model.training, torch.is_grad_enabled())) or loss_terms(model, x)
-    )
+
+    def spy(model, x):
+        seen.append((model.training, torch.is_grad_enabled()))
+        return loss_terms(model, x)
+
     monkeypatch.setattr(train, "loss_terms", spy)
     run = tmp_path / "run"
     succeed("train.py", run, epochs=1, model="deep", **{"batch-size": 600})
