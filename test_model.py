@@ -493,6 +493,19 @@ def test_the_readme_s_table_and_a_setting_that_is_new(run, three_epochs, monkeyp
     assert data.read_run(run).settings["weight"] == 1.0
 
 
+def test_the_readme_s_figures():
+    """Each "mean ± standard deviation" on the page is one of the runs', or of a repeated timing."""
+    spread = r"\d+\.\d+ ± \d+\.\d+"
+    read = partial(Path.read_text, encoding="utf-8")
+    known = plots.results_table(HERE / "results") + read(HERE / "results" / "speed.txt")
+    runs = [data.read_run(path).log for path in (HERE / "results" / "latent32").iterdir()]
+    for epochs in (10, 50):
+        drops = [log[99 - epochs]["test_loss"] - log[99]["test_loss"] for log in runs]
+        known += f" {plots.spread(drops, 2)} "
+    figures = re.findall(spread, read(HERE / "README.md"))
+    assert len(figures) > 60 and set(figures) <= set(re.findall(spread, known))
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path):
     """The last good epoch stays. An overflow is provoked by weights, as no setting may change."""
     state = torch.load(run / data.STATE, weights_only=True)
