@@ -45,13 +45,9 @@ def main():
 
     if args.baselines:
         # In float64 PCA, like μ, is the same on every machine.
-        train_pixels = train_images.flatten(1).double()
-        test_pixels = test_images.flatten(1).double()
-        pca = PCA(latent_dim, random_state=42).fit(train_pixels)
-        features = {
-            "pixels": (train_pixels, test_pixels),
-            "pca": (pca.transform(train_pixels), pca.transform(test_pixels)),
-        }
+        pixels = [images.flatten(1).double() for images in (train_images, test_images)]
+        pca = PCA(latent_dim, random_state=42).fit(pixels[0])
+        features = {"pixels": pixels, "pca": [pca.transform(split) for split in pixels]}
         baselines = {}
         for name, (train, test) in features.items():
             baselines[name] = fit_forest(train, train_labels).score(test, test_labels)
@@ -85,9 +81,8 @@ def figures_of_merit(model, images, mixture_z):
     - bce_floor: the BCE of a perfect reconstruction, the entropy of the grey values themselves.
     - excess_bce: bce − bce_floor.
     - mse: squared error per pixel, values in [0, 1].
-    - sharpness_reconstructions, sharpness_samples: gradient energy of N reconstructions, and
-      of N samples z ~ N(0, I), over that of the images; 1 is as sharp as they are.
-    - sharpness_mixture_samples: the same for samples of the codes' distribution, `mixture_z`.
+    - sharpness_reconstructions, sharpness_samples, sharpness_mixture_samples: gradient energy of N
+      reconstructions, N samples z ~ N(0, I), and of `mixture_z` decoded, over that of the images.
     """
     torch.manual_seed(0)
     outputs = zip(*(model(x) for x in images.split(BATCH)))

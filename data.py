@@ -121,22 +121,20 @@ def between(kind, low, high):
 
 
 LARGE = 2**31 - 1
+COUNT, WEIGHT = between(int, 0, LARGE), between(float, 0, 1e6)
+SCHEDULERS = {"choices": ("constant", "plateau", "cosine"), "default": "constant"}
 # As options of train.py. A run made before a setting existed has its default.
 SETTINGS = {
-    "model": {"choices": ("conv", "fc", "deep"), "default": "conv", "help": "the network"},
+    "model": {"choices": ("conv", "fc", "deep"), "default": "conv", "help": "fc: fully connected"},
     "latent_dim": {"type": between(int, 1, 4096), "default": 32, "help": "numbers in a code"},
     "batch_size": {"type": between(int, 1, LARGE), "default": 128, "help": "images per update"},
     "lr": {"type": between(float, 1e-12, 1e3), "default": 5e-4, "help": "learning rate of Adam"},
-    "seed": {"type": between(int, 0, LARGE), "default": 0, "help": "of all random draws"},
-    "beta": {"type": between(float, 0, 1e6), "default": 1.0, "help": "weight of the KLD"},
-    "lr_scheduler": {
-        "choices": ("constant", "plateau", "cosine"),
-        "default": "constant",
-        "help": "torch's; plateau watches the train loss",
-    },
-    "hold_out": {"type": between(int, 0, LARGE), "default": 0, "help": "train images to test on"},
-    "feature_weight": {"type": between(float, 0, 1e6), "default": 0.0, "help": "feature matching"},
-    "feature_run": {"type": str, "default": "", "help": "run whose encoder gives the features"},
+    "seed": {"type": COUNT, "default": 0, "help": "of all random draws"},
+    "beta": {"type": WEIGHT, "default": 1.0, "help": "weight of the KLD"},
+    "lr_scheduler": {**SCHEDULERS, "help": "torch's, on the train loss or down to 0 at --epochs"},
+    "hold_out": {"type": COUNT, "default": 0, "help": "last train images, to be the test set"},
+    "feature_weight": {"type": WEIGHT, "default": 0.0, "help": "of features in the loss"},
+    "feature_run": {"type": str, "default": "", "help": "run whose encoder gives those features"},
 }
 EPOCHS = {"type": between(int, 1, LARGE), "default": 100, "help": "epochs in all"}
 LOSSES = [f"{split}_{loss}" for split in ("train", "test") for loss in ("loss", "bce", "kld")]

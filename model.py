@@ -1,10 +1,9 @@
-"""The networks of the report, their loss, and loading saved weights."""
+"""The networks, their loss, loading saved weights, and codes of images."""
 
 import copy
 
 import torch
 import torch.nn.functional as F
-from sklearn.mixture import GaussianMixture
 from torch import nn
 
 import data
@@ -13,11 +12,17 @@ BATCH = 128  # images at a time where none is trained on
 
 
 class VAE(nn.Module):
-    """What both networks share: sampling z and the forward pass (Kingma & Welling, 2014).
+    """What the networks share: sampling z and the forward pass (Kingma & Welling, 2014).
 
     Images are [N, 1, 28, 28] float32 in [0, 1], latent vectors [N, latent_dim]. A subclass
-    gives `encode`, from images to μ(x) and log σ²(x), and `decode`, from z to images.
+    gives `features`, what its hidden layers make of images, the last of which `fc_mu` and
+    `fc_log` take, and `decode`, from z to images.
     """
+
+    def encode(self, x):
+        """Return μ(x) and log σ²(x), both [N, latent_dim]."""
+        h = self.features(x)[-1].flatten(1)
+        return self.fc_mu(h), self.fc_log(h)
 
     def reparameterize(self, mu, logvar):
         """Draw z = μ + exp(½ log σ²) ⊙ ε with ε ~ N(0, I), all [N, latent_dim]."""
@@ -53,10 +58,6 @@ class ConvVAE(VAE):
         h2 = F.relu_(self.enc2(h1))
         return h1, h2, F.relu_(self.enc3(h2))
 
-    def encode(self, x):
-        h = self.features(x)[-1].flatten(1)
-        return self.fc_mu(h), self.fc_log(h)
-
     def decode(self, z):
         h = F.relu_(self.fc_dec(z)).view(-1, 128, 3, 3)
         h = F.relu_(self.dec1(h))
@@ -78,9 +79,8 @@ class FullyConnectedVAE(VAE):
         self.fc_dec = nn.Linear(latent_dim, 400)
         self.fc_out = nn.Linear(400, 28 * 28)
 
-    def encode(self, x):
-        h = F.relu_(self.fc_enc(x.flatten(1)))
-        return self.fc_mu(h), self.fc_log(h)
+    def features(self, x):
+        return (F.relu_(self.fc_enc(x.flatten(1))),)
 
     def decode(self, z):
         h = F.relu_(self.fc_dec(z))
@@ -112,9 +112,8 @@ class DeepConvVAE(VAE):
             TransposedConv2d(32, 1, 4, 2, 1),  # 1×28×28
         )
 
-    def encode(self, x):
-        h = self.enc(x).flatten(1)
-        return self.fc_mu(h), self.fc_log(h)
+    def features(self, x):
+        return (self.enc(x),)
 
     def decode(self, z):
         h = F.leaky_relu(self.fc_dec(z), 0.2).view(-1, 256, 3, 3)
@@ -149,7 +148,7 @@ def loss_function(recon_x, x, mu, logvar):
 
 
 def load_model(run, device):
-    """Return the network of a run (a `data.Run`) with its weights, on `device`.
+    """Return the network of a run (a `data.Run`) with its weights, on `device`, for evaluation.
 
     Raises UserError if the run has no weights, or those of another network than its settings.
     """
@@ -177,6 +176,8 @@ def latent_means(model, images):
 
 def sample_mixture(mu, n):
     """Return n codes from a mixture of ten Gaussians fitted to μ of images (Ghosh et al., 2020)."""
+    from sklearn.mixture import GaussianMixture  # here, for train.py needs no second to load it
+
     mixture = GaussianMixture(10, random_state=42).fit(mu.double())
     return torch.tensor(mixture.sample(n)[0]).float()
 
@@ -196,11 +197,10 @@ class TransposedConv2d(nn.ConvTranspose2d):
         """Return [N, out_channels, H', W'] of x, [N, in_channels, H, W]."""
         # The context manager `mkldnn.flags` would do, but prints a warning about TF32.
         before = torch.backends.mkldnn.enabled
+        form = self.stride, self.padding, self.output_padding
         torch.backends.mkldnn.enabled = before and self.out_channels > 1
         try:
-            y = F.conv_transpose2d(
-                x, self.weight, None, self.stride, self.padding, self.output_padding
-            )
+            y = F.conv_transpose2d(x, self.weight, None, *form)
         finally:
             torch.backends.mkldnn.enabled = before
         return y.add_(self.bias.view(-1, 1, 1))

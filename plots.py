@@ -34,19 +34,18 @@ def main():
     classification = data.read_classification(run)
     train_images, _ = data.load_split(args.data, True, run.settings["hold_out"])
     images, labels = data.load_split(args.data, False, run.settings["hold_out"])
-    images = images.to(args.device)
 
     save(run, "loss_curves.png", draw_losses(run.log))
     classes = labels.unique()
-    firsts = images[[(labels == label).nonzero()[0].item() for label in classes]]
-    rows, names = [firsts], ["original", *(describe(one.settings, len(one.log)) for one in runs)]
+    firsts = images[[(labels == k).nonzero()[0].item() for k in classes]].to(args.device)
+    rows, names = [firsts], ["original", *(describe(one) for one in runs)]
     for model in models:
         torch.manual_seed(0)
         rows.append(model(firsts)[0])
     save(run, "reconstructions.png", draw_grid(rows, names, [data.CLASSES[k] for k in classes]))
-    z, names = sample_codes(run.settings["latent_dim"], latent_means(models[0], train_images))
+    z, names = sample_codes(models[0], run.settings["latent_dim"], train_images)
     save(run, "samples.png", draw_grid(models[0].decode(z.to(args.device)).split(10), names))
-    mu = latent_means(models[0], images[:5000].cpu())  # half of them, in half of t-SNE's time
+    mu = latent_means(models[0], images[:5000])  # half of them, in half of t-SNE's time
     save(run, "latent_space.png", draw_latent_space(mu, labels[: len(mu)]))
     if classification:
         save(run, "confusion_matrix.png", draw_confusion_matrix(classification))
@@ -75,7 +74,7 @@ def draw_losses(log):
     return figure
 
 
-def sample_codes(latent_dim, train_mu):
+def sample_codes(model, latent_dim, train_images):
     """Return codes [100, latent_dim] to decode, and names for their rows of ten.
 
     Half are from N(0, I), half from a mixture fitted to codes of images (Ghosh et al., 2020);
@@ -85,8 +84,8 @@ def sample_codes(latent_dim, train_mu):
         quantiles = torch.special.ndtri(torch.linspace(0.05, 0.95, 10))
         return torch.cartesian_prod(quantiles, quantiles), ()
     torch.manual_seed(0)
-    z = torch.cat((torch.randn(50, latent_dim), sample_mixture(train_mu, 50)))
-    return z, ["N(0, I)"] * 5 + ["mixture"] * 5
+    mixture_z = sample_mixture(latent_means(model, train_images), 50)
+    return torch.cat((torch.randn(50, latent_dim), mixture_z)), ["N(0, I)"] * 5 + ["mixture"] * 5
 
 
 def draw_grid(rows, names=(), titles=()):
@@ -164,16 +163,16 @@ def results_table(folder):
         first, last = run.log[0], run.log[-1]
         gap = last["test_loss"] - last["train_loss"]
         shown = {**last, **found, "first_loss": first["train_loss"], "gap": gap}
-        settings = run.settings
-        key = (settings["model"], settings["latent_dim"], describe(settings, len(run.log)))
-        groups.setdefault(key, []).append(shown)
+        latent_dim, held = run.settings["latent_dim"], run.settings["hold_out"]
+        groups.setdefault((describe(run, ("latent_dim",)), latent_dim), []).append(shown)
         if found.get("baselines"):
-            baselines["raw pixels", 28 * 28] = found["baselines"]["pixels"]
-            baselines["PCA", run.settings["latent_dim"]] = found["baselines"]["pca"]
+            held = f", hold out {held}" if held else ""
+            baselines[f"raw pixels{held}", 28 * 28] = found["baselines"]["pixels"]
+            baselines[f"PCA{held}", latent_dim] = found["baselines"]["pca"]
     if not groups:
         raise data.UserError(f"{folder} holds no classified runs <setting>/seed<n>")
     rows = [["Codes", "Dimensions", "n", *COLUMNS], ["---"] * (3 + len(COLUMNS))]
-    for (_, latent_dim, setting), runs in sorted(groups.items()):
+    for (setting, latent_dim), runs in sorted(groups.items()):
         rows.append([setting, str(latent_dim), str(len(runs))])
         for name, factor, digits in COLUMNS.values():
             rows[-1].append(spread([run[name] * factor for run in runs if name in run], digits))
@@ -183,12 +182,12 @@ def results_table(folder):
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def describe(settings, epochs):
-    """Return a network's name and what else differs from the report's settings."""
-    words = [NETWORKS[settings["model"]]]
+def describe(run, but=()):
+    """Return a run's network and what else, `but` these, differs from the report's settings."""
+    words = [NETWORKS[run.settings["model"]]]
     for name, option in {**data.SETTINGS, "epochs": data.EPOCHS}.items():
-        value = {**settings, "epochs": epochs}[name]
-        if name not in ("model", "latent_dim", "seed") and value != option["default"]:
+        value = {**run.settings, "epochs": len(run.log)}[name]
+        if name not in ("model", "seed", "feature_run", *but) and value != option["default"]:
             words.append(f"{name.replace('_', ' ')} {value}")
     return ", ".join(words)
 

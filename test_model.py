@@ -394,19 +394,23 @@ def test_more_epochs_train_the_rest(run, three_epochs, capsys):
     assert read_json(run / data.CONFIG)["epochs"] == 3
 
 
-# The renames of an epoch are those of the state, the settings, the weights and the log.
-@pytest.mark.parametrize("renames", [0, 1, 2, 3, 4, 5, 7, 8])
-def test_killed_between_two_files(renames, three_epochs, tmp_path, monkeypatch):
-    run, left, replace = tmp_path / "run", renames, os.replace
+def interrupt_after(renames, monkeypatch):
+    """Let a script be interrupted when it has put so many files in place."""
+    replace, left = os.replace, iter(range(renames))
 
     def rename(*paths):
-        nonlocal left
-        if not left:
+        if next(left, None) is None:
             raise KeyboardInterrupt
-        left -= 1
         replace(*paths)
 
     monkeypatch.setattr(os, "replace", rename)
+
+
+# The renames of an epoch are those of the state, the settings, the weights and the log.
+@pytest.mark.parametrize("renames", [0, 1, 2, 3, 4, 5, 7, 8])
+def test_killed_between_two_files(renames, three_epochs, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    interrupt_after(renames, monkeypatch)
     assert call("train.py", *words(run, epochs=3)) == (130, "")
     monkeypatch.undo()
     if renames % 4:  # the files of two epochs are not shown as one run
@@ -536,27 +540,22 @@ def test_learning_rates():
 
 
 PROPOSED = [
-    *[{"lr-scheduler": "cosine"}, {"lr-scheduler": "plateau"}, {"model": "deep"}, {"beta": 0.1}],
+    *[{"lr-scheduler": "cosine"}, {"lr-scheduler": "plateau"}, {"model": "deep"}],
     *[{"hold-out": 100}, {"feature-weight": 0.1}],
 ]
 
 
 @pytest.mark.parametrize("options", PROPOSED, ids=lambda options: next(iter(options)))
-def test_proposals_go_on_after_a_kill(options, finished, tmp_path, monkeypatch):
-    run, whole, left, replace = tmp_path / "run", tmp_path / "whole", 5, os.replace
+def test_proposals_go_on_after_a_kill(options, finished, three_epochs, tmp_path, monkeypatch):
+    run, whole = tmp_path / "run", tmp_path / "whole"
     options = {"epochs": 3, **options}
     if "feature-weight" in options:
         options["feature-run"] = finished
 
-    def rename(*paths):
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise KeyboardInterrupt
-        replace(*paths)
-
     succeed("train.py", whole, **options)
-    monkeypatch.setattr(os, "replace", rename)
+    plateau = options.get("lr-scheduler") == "plateau"  # not reached in three epochs
+    assert (log_of(whole) == log_of(three_epochs)) == plateau
+    interrupt_after(5, monkeypatch)
     assert call("train.py", *words(run, **options)) == (130, "")
     monkeypatch.undo()
     succeed("train.py", run, **options)
@@ -571,11 +570,8 @@ def test_proposals_go_on_after_a_kill(options, finished, tmp_path, monkeypatch):
         succeed("train.py", run, **options)
 
 
-def test_feature_matching_is_part_of_what_is_minimised(finished, tmp_path):
-    options = words(tmp_path / "run", epochs=1, **{"feature-weight": 0.3, "feature-run": finished})
-    sys.argv, argv = ["train.py", *options], sys.argv
-    features = train.load_features(train.parse_arguments())
-    sys.argv = argv
+def test_feature_matching_is_part_of_what_is_minimised(finished, run, tmp_path):
+    features = train.load_features(data.read_run(finished), 0.3, "cpu")
     encoder = ReportVAE(8)
     encoder.load_state_dict(torch.load(finished / data.WEIGHTS, weights_only=True))
     model, gradients = ConvVAE(8), []
@@ -595,14 +591,14 @@ def test_feature_matching_is_part_of_what_is_minimised(finished, tmp_path):
         gradients.append([p.grad.clone() for p in model.parameters()])
         model.zero_grad()
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
-    fc = tmp_path / "fc"
-    succeed("train.py", fc, epochs=1, model="fc")
-    for folder, told in ((fc, "not a run of --model conv"), (tmp_path / "absent", "no run")):
-        others = {"feature-weight": 1, "feature-run": folder}
-        assert told in fail("train.py", tmp_path / "run", epochs=1, **others)
-    for option, value in (("feature-weight", 1), ("feature-run", finished)):
-        assert call("train.py", *words(tmp_path / "run", epochs=1, **{option: value}))[0] == 2
-    assert not (tmp_path / "run").exists()
+    others, new = {"feature-weight": 1, "feature-run": run}, tmp_path / "new"
+    assert "no run in" in fail("train.py", new, epochs=1, **{**others, "feature-run": new})
+    for option in others:
+        assert call("train.py", *words(new, epochs=1, **{option: others[option]}))[0] == 2
+    assert not new.exists()
+    succeed("train.py", new, epochs=1, **others)
+    succeed("train.py", run, epochs=3)  # which makes it another encoder
+    assert "has feature_sha256" in fail("train.py", new, epochs=2, **others)
 
 
 def test_batch_normalisation_is_trained_and_then_left_alone(tmp_path, monkeypatch):
@@ -617,6 +613,15 @@ def test_batch_normalisation_is_trained_and_then_left_alone(tmp_path, monkeypatc
     succeed("train.py", run, epochs=1, model="deep", **{"batch-size": 600})
     assert seen == [(True, True), (False, False)]
     model, images = load_model(data.read_run(run), "cpu"), TEST[0][:, None] / 255
+    h = images
+    for layer, norm, _ in model.enc:
+        h = F.leaky_relu(norm(layer(h)), 0.2)
+    torch.testing.assert_close(model.encode(images)[0], model.fc_mu(h.flatten(1)))
+    h = F.leaky_relu(model.fc_dec(model.encode(images)[0]), 0.2).view(-1, 256, 3, 3)
+    for layer, norm, _ in model.dec[:-1]:
+        h = F.leaky_relu(norm(layer(h)), 0.2)
+    picture = model.dec[-1](h).sigmoid()
+    torch.testing.assert_close(model.decode(model.encode(images)[0]), picture)
     alone = latent_means(model, images[:1])
     assert torch.equal(latent_means(model, images)[:1], alone)
     running = {name: tensor for name, tensor in model.state_dict().items() if "running" in name}
@@ -626,21 +631,19 @@ def test_batch_normalisation_is_trained_and_then_left_alone(tmp_path, monkeypatc
     succeed("plots.py", run)
 
 
-def test_hold_out(tmp_path):
-    """The last training images take the place of the test set, which is not even looked at."""
-    images, labels = data.load_split(TINY, False, 100)
-    assert torch.equal(images[:, 0], TRAIN[0][-100:] / 255) and torch.equal(labels, TRAIN[1][-100:])
-    images, labels = data.load_split(TINY, True, 100)
-    assert torch.equal(images[:, 0], TRAIN[0][:-100] / 255) and torch.equal(labels, TRAIN[1][:-100])
-    other = write_data(tmp_path / "data", raw_files(TRAIN, tiny_images(1, seed=9)))
-    for root, run in ((TINY, tmp_path / "run"), (other, tmp_path / "other")):
-        succeed("train.py", run, data=root, epochs=1, **{"hold-out": 100})
-        succeed("classify.py", run, "--baselines", data=root)
-    assert_same_training(tmp_path / "run", tmp_path / "other")
-    found = [
-        (path / data.CLASSIFICATION).read_bytes() for path in (tmp_path / "run", tmp_path / "other")
-    ]
-    assert found[0] == found[1] and np.sum(json.loads(found[0])["confusion_matrix"]) == 100
+def test_hold_out(tmp_path, figures):
+    """As if the last training images were the test set, and those before them all there are."""
+    splits = [[part[:-100] for part in TRAIN], [part[-100:] for part in TRAIN]]
+    root, drawn = write_data(tmp_path / "data", raw_files(*splits)), []
+    run, other = tmp_path / "run", tmp_path / "other"
+    for path, folder, held in ((run, TINY, 100), (other, root, 0)):
+        succeed("train.py", path, data=folder, epochs=1, **{"hold-out": held})
+        succeed("classify.py", path, "--baselines", data=folder)
+        succeed("plots.py", path, data=folder)
+        drawn.append([shown(figures[f"{name}.png"]) for name in ("samples", "reconstructions")])
+    assert_same_training(run, other)
+    assert contents(run)[data.CLASSIFICATION] == contents(other)[data.CLASSIFICATION]
+    torch.testing.assert_close(*drawn)
     assert "leaves none of 600" in fail("train.py", tmp_path / "all", epochs=1, **{"hold-out": 600})
 
 
@@ -735,6 +738,7 @@ BAD_OPTIONS = [
     *[(name, bad) for name in ("epochs", "batch-size", "latent-dim") for bad in ("0", "1.5")],
     *[("lr", bad) for bad in ("0", "-1", "nan", "inf", "fast")],
     *[("latent-dim", "100000000"), ("seed", "-1"), ("device", "tpu"), ("model", "gan")],
+    *[("beta", "-1"), ("hold-out", "-1"), ("feature-weight", "-1"), ("lr-scheduler", "step")],
 ]
 
 
@@ -910,11 +914,14 @@ def test_figures_show_the_run(run, figures, tmp_path):
         mu = models[0].encode(TEST[0][:, None] / 255)[0]
     grid = figures["reconstructions.png"]
     torch.testing.assert_close(shown(grid), torch.cat(rows))
-    told = ["original", "ConvVAE, batch size 32, epochs 2"]
-    names = [fill(name, 14) for name in [*told, "Fully connected VAE, batch size 32, epochs 1"]]
+    other = "latent dim 8, batch size 32, epochs"
+    told = ["original", f"ConvVAE, {other} 2", f"Fully connected VAE, {other} 1"]
+    names = [fill(name, 14) for name in told]
     assert [axis.get_ylabel() for axis in grid.axes[::10]] == names
     assert [axis.get_title() for axis in grid.axes[:10]] == data.CLASSES
     torch.testing.assert_close(shown(figures["samples.png"]), samples)
+    blocks = [axis.get_ylabel() for axis in figures["samples.png"].axes[::10]]
+    assert blocks == ["N(0, I)"] * 5 + ["mixture"] * 5
     assert {image.get_clim() for axis in grid.axes for image in axis.images} == {(0, 1)}
     for axis, name in zip(figures["latent_space.png"].axes, ("PCA", "t-SNE"), strict=True):
         points = axis.collections[0]
@@ -982,7 +989,7 @@ def test_results_table(run, tmp_path, capsys):
     for name, epoch, lr in (("other", 2, 0.1), ("outdated", 1, 5e-4)):
         path = tmp_path / "table" / name / "seed0"
         shutil.copytree(run, path)
-        edit_json(path / data.CONFIG, epochs=100, lr=lr)
+        edit_json(path / data.CONFIG, epochs=100, lr=lr, hold_out=100)
         edit_json(path / data.CLASSIFICATION, epoch=epoch, baselines=baselines)
     capsys.readouterr()
     succeed("plots.py", run, "--table", tmp_path / "table")
@@ -992,21 +999,20 @@ def test_results_table(run, tmp_path, capsys):
     (first, last), head = data.read_run(run).log, table[0]
     other, two = (dict(zip(head, row)) for row in table[2:4])
     assert (two["Codes"], two["Dimensions"], two["n"]) == ("ConvVAE, epochs 2", "8", "2")
-    assert other["Codes"] == "ConvVAE, batch size 32, lr 0.1, epochs 2" and other["n"] == "1"
+    told = "ConvVAE, batch size 32, lr 0.1, hold out 100, epochs 2"
+    assert (other["Codes"], other["n"]) == (told, "1")
     assert two["Accuracy, %"] == "55.00 ± 7.07" and two["MSE × 1000"] == "10.00 ± 0.00"
     found = read_json(run / data.CLASSIFICATION)
     values = [first["train_loss"], last["train_loss"], last["test_loss"]]
     values += [last["test_loss"] - last["train_loss"], found["excess_bce"], found["kld"]]
     values += [found["mse"] * 1000, found["sharpness_reconstructions"], found["sharpness_samples"]]
-    values += [
-        found["sharpness_mixture_samples"],
-        found["active_dimensions"],
-        found["accuracy"] * 100,
-    ]
+    values += [found["sharpness_mixture_samples"], found["active_dimensions"]]
+    values += [found["accuracy"] * 100]
     digits = [len(other[name].partition(".")[2]) for name in head[3:]]
     assert [other[name] for name in head[3:]] == [f"{v:.{d}f}" for v, d in zip(values, digits)]
-    assert table[4][:2] == ["PCA", "8"] and table[4][-1] == "25.00"
-    assert table[5][:2] == ["raw pixels", "784"] and table[5][-1] == "75.00" and len(table) == 6
+    assert table[4][:2] == ["PCA, hold out 100", "8"] and table[4][-1] == "25.00"
+    assert table[5][:2] == ["raw pixels, hold out 100", "784"] and table[5][-1] == "75.00"
+    assert len(table) == 6
 
 
 def test_the_scripts_as_a_user_runs_them(tmp_path):

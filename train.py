@@ -1,6 +1,7 @@
 """Train a VAE on Fashion-MNIST with the report's settings, and keep the run in a folder.
 
-The same command goes on after an interruption, and with more --epochs after a finished run.
+The same command goes on after an interruption, and with more --epochs after a finished run,
+but for a cosine, whose rates depend on them.
 """
 
 import contextlib
@@ -38,11 +39,12 @@ def parse_arguments():
 def main():
     args = parse_arguments()
     run, device = args.run, args.device
-    settings = {name: getattr(args, name) for name in data.SETTINGS}
-    if args.lr_scheduler == "cosine":
-        settings["epochs"] = args.epochs  # its rates depend on it
+    settings = {name: getattr(args, name) for name in (*data.SETTINGS, "epochs")}
+    encoder_run = data.read_run(Path(args.feature_run)) if args.feature_run else None
+    if encoder_run:
+        settings["feature_sha256"] = encoder_run.sha256  # it might be trained on in between
     state = find_state(run, settings)  # first: a refused folder does not even get a lock file
-    features = load_features(args)
+    features = load_features(encoder_run, args.feature_weight, device) if encoder_run else None
     tune()
 
     with only_writer(run):
@@ -55,7 +57,8 @@ def main():
         optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True, capturable=on_cuda)
         log = go_on(run, state, model, optimizer) if state else []
         if len(log) >= args.epochs:
-            print(f"{run} is finished: {len(log)} epochs. To go on, give more --epochs.")
+            more = "" if args.lr_scheduler == "cosine" else " To go on, give more --epochs."
+            print(f"{run} is finished: {len(log)} epochs.{more}")
             return
         train_images = data.load_split(args.data, True, args.hold_out)[0].to(device)
         test_images = data.load_split(args.data, False, args.hold_out)[0].to(device)
@@ -63,8 +66,8 @@ def main():
         if on_cuda:
             train_step = CapturedStep(train_step, args.batch_size)
         where = f"cuda ({torch.cuda.get_device_name()})" if on_cuda else device
-        made = {"torch": str(torch.__version__), "device": where}  # plain, to be loaded
-        config = {**settings, "epochs": args.epochs, **made}
+        version = str(torch.__version__)  # plain, to be loaded
+        config = {**settings, "torch": version, "device": where}
         epochs = f"epochs {len(log) + 1} to {args.epochs}"
         print(f"{type(model).__name__} on {where}, {epochs}", flush=True)
 
@@ -119,7 +122,7 @@ def update(model, optimizer, beta, features, x):
     terms, reconstruction = loss_terms(model, x)
     loss = terms[0] + beta * terms[1]
     if features:
-        loss = loss + features(reconstruction, x)
+        loss += features(reconstruction, x)
     loss.backward()
     optimizer.step()
     return terms.detach()
@@ -140,7 +143,8 @@ def learning_rate(scheduler, lr, epochs, log):
     """Return the rate of the epoch after those in `log`, by torch's own scheduler.
 
     It is stepped through the log each time, so nothing of it needs to be saved. "plateau"
-    (torch's defaults: ten times less after ten epochs without progress) watches the train loss.
+    (torch's defaults: ten times less after more than ten epochs without progress) watches the
+    plain train loss of the log, BCE + KLD, also where β or features make another one.
     """
     if scheduler == "constant":
         return lr
@@ -149,26 +153,21 @@ def learning_rate(scheduler, lr, epochs, log):
     schedule = ReduceLROnPlateau(optimizer) if plateau else CosineAnnealingLR(optimizer, epochs)
     for row in log:
         optimizer.step()
-        schedule.step(*([row["train_loss"]] if plateau else []))
+        schedule.step(row["train_loss"]) if plateau else schedule.step()
     return optimizer.param_groups[0]["lr"]
 
 
-def load_features(args):
+def load_features(run, weight, device):
     """Return what feature matching adds to the loss, a function of reconstruction and image.
 
-    It is --feature-weight times the squared distance, summed, between what the convolutions of
-    --feature-run's encoder make of the two (Hou et al., 2017, there with VGG); None without one.
+    It is `weight` times the squared distance, summed, between what the hidden layers of the
+    encoder of `run` make of the two (Hou et al., 2017, there with VGG).
     """
-    if not args.feature_weight:
-        return None
-    run = data.read_run(Path(args.feature_run))
-    encoder = load_model(run, args.device).requires_grad_(False)
-    if not hasattr(encoder, "features"):
-        raise data.UserError(f"--feature-run {run.path}: not a run of --model conv")
+    encoder = load_model(run, device).requires_grad_(False)
 
     def distance(reconstruction, x):
         pairs = zip(encoder.features(reconstruction), encoder.features(x))
-        return args.feature_weight * sum(F.mse_loss(*pair, reduction="sum") for pair in pairs)
+        return weight * sum(F.mse_loss(*pair, reduction="sum") for pair in pairs)
 
     return distance
 
@@ -186,10 +185,13 @@ def find_state(run, settings):
     if not any((run / name).exists() for name in data.RUN_FILES):
         return None
     state = data.read(run / data.STATE)
-    there = {**data.settings_of(state["config"]), "epochs": state["config"]["epochs"]}
+    there = {**state["config"], **data.settings_of(state["config"])}
     for name, value in settings.items():
-        if there[name] != value:
-            raise data.UserError(f"{run} has {name} {there[name]}, not {value}: {data.ANOTHER_RUN}")
+        # There may be more epochs, but for a cosine, whose rates depend on them.
+        free = name == "epochs" and settings["lr_scheduler"] != "cosine"
+        if there.get(name) != value and not free:
+            differs = f"{name} {there.get(name)}, not {value}"
+            raise data.UserError(f"{run} has {differs}: {data.ANOTHER_RUN}")
     return state
 
 
