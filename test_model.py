@@ -1,5 +1,6 @@
 """Tests of the whole project. They need neither the network nor the data set."""
 
+import argparse
 import csv
 import gzip
 import io
@@ -528,15 +529,20 @@ def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path):
 
 
 def test_learning_rates():
-    rows = [{"train_loss": 9.0, "test_loss": float(-epoch)} for epoch in range(30)]
-    rates = [train.learning_rate("cosine", 1.0, 4, rows[:done]) for done in range(4)]
+    def rate(scheduler, epochs, rows, beta=1.0):
+        options = {"lr_scheduler": scheduler, "lr": 1.0, "epochs": epochs, "beta": beta}
+        return train.learning_rate(argparse.Namespace(**options), rows)
+
+    rows = [{"train_bce": 9.0, "train_kld": 0.1 * k, "test_loss": -k} for k in range(30)]
+    rates = [rate("cosine", 4, rows[:done]) for done in range(4)]
     assert rates == pytest.approx([(1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)])
     # The first epoch is the best; ten without progress are borne, also if the test loss falls.
-    assert train.learning_rate("plateau", 1.0, 99, rows[:11]) == 1.0
-    assert train.learning_rate("plateau", 1.0, 99, rows[:12]) == pytest.approx(0.1)
-    falling = [{"train_loss": row["test_loss"]} for row in rows]
-    assert train.learning_rate("plateau", 1.0, 99, falling) == 1.0
-    assert train.learning_rate("constant", 0.3, 4, rows) == 0.3
+    assert rate("plateau", 99, rows[:11]) == 1.0
+    assert rate("plateau", 99, rows[:12]) == pytest.approx(0.1)
+    falling = [{**row, "train_bce": row["train_bce"] - 0.05 * k} for k, row in enumerate(rows)]
+    assert rate("plateau", 99, falling[:12]) == pytest.approx(0.1)
+    assert rate("plateau", 99, falling, beta=0.1) == 1.0  # what is minimised falls
+    assert rate("constant", 4, rows) == 1.0
 
 
 PROPOSED = [
@@ -597,8 +603,9 @@ def test_feature_matching_is_part_of_what_is_minimised(finished, run, tmp_path):
         assert call("train.py", *words(new, epochs=1, **{option: others[option]}))[0] == 2
     assert not new.exists()
     succeed("train.py", new, epochs=1, **others)
-    succeed("train.py", run, epochs=3)  # which makes it another encoder
-    assert "has feature_sha256" in fail("train.py", new, epochs=2, **others)
+    succeed("train.py", new, epochs=2, **{**others, "feature-run": finished})  # the same encoder
+    succeed("train.py", run, epochs=3)  # which makes it another one
+    assert "has feature_sha256" in fail("train.py", new, epochs=3, **others)
 
 
 def test_batch_normalisation_is_trained_and_then_left_alone(tmp_path, monkeypatch):

@@ -75,7 +75,7 @@ def main():
             start = time.perf_counter()
             # An epoch has a seed of its own, so that a run goes on without a random state.
             torch.manual_seed((args.seed * 1_000_003 + epoch) % 2**32)
-            rate = learning_rate(args.lr_scheduler, args.lr, args.epochs, log)
+            rate = learning_rate(args, log)
             group = optimizer.param_groups[0]
             group["lr"] = group["lr"].fill_(rate) if torch.is_tensor(group["lr"]) else rate
             model.train()
@@ -139,21 +139,23 @@ def loss_terms(model, x):
 # What the report proposes
 
 
-def learning_rate(scheduler, lr, epochs, log):
+def learning_rate(args, log):
     """Return the rate of the epoch after those in `log`, by torch's own scheduler.
 
-    It is stepped through the log each time, so nothing of it needs to be saved. "plateau"
-    (torch's defaults: ten times less after more than ten epochs without progress) watches the
-    plain train loss of the log, BCE + KLD, also where β or features make another one.
+    It is stepped through the log each time, so nothing of it needs to be saved. "cosine" falls
+    from --lr to 0 over --epochs; "plateau" (torch's defaults: to a tenth after more than ten
+    epochs without progress) watches BCE + β·KLD in training.
     """
-    if scheduler == "constant":
-        return lr
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=lr)  # a stand-in
-    plateau = scheduler == "plateau"
-    schedule = ReduceLROnPlateau(optimizer) if plateau else CosineAnnealingLR(optimizer, epochs)
+    if args.lr_scheduler == "constant":
+        return args.lr
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.lr)  # a stand-in
+    cosine, plateau = CosineAnnealingLR(optimizer, args.epochs), ReduceLROnPlateau(optimizer)
     for row in log:
         optimizer.step()
-        schedule.step(row["train_loss"]) if plateau else schedule.step()
+        if args.lr_scheduler == "cosine":
+            cosine.step()
+        else:
+            plateau.step(row["train_bce"] + args.beta * row["train_kld"])
     return optimizer.param_groups[0]["lr"]
 
 
@@ -187,9 +189,12 @@ def find_state(run, settings):
     state = data.read(run / data.STATE)
     there = {**state["config"], **data.settings_of(state["config"])}
     for name, value in settings.items():
-        # There may be more epochs, but for a cosine, whose rates depend on them.
-        free = name == "epochs" and settings["lr_scheduler"] != "cosine"
-        if there.get(name) != value and not free:
+        # More epochs are the same run, but to a cosine, whose rates depend on them.
+        # An encoder is known by its digest, wherever it lies.
+        free = (
+            ("feature_run",) if settings["lr_scheduler"] == "cosine" else ("feature_run", "epochs")
+        )
+        if name not in free and there.get(name) != value:
             differs = f"{name} {there.get(name)}, not {value}"
             raise data.UserError(f"{run} has {differs}: {data.ANOTHER_RUN}")
     return state
