@@ -552,7 +552,9 @@ PROPOSED = [
 
 
 @pytest.mark.parametrize("options", PROPOSED, ids=lambda options: next(iter(options)))
-def test_proposals_go_on_after_a_kill(options, finished, three_epochs, tmp_path, monkeypatch):
+def test_proposals_go_on_after_a_kill(
+    options, finished, three_epochs, tmp_path, monkeypatch, capsys
+):
     run, whole = tmp_path / "run", tmp_path / "whole"
     options = {"epochs": 3, **options}
     if "feature-weight" in options:
@@ -568,6 +570,9 @@ def test_proposals_go_on_after_a_kill(options, finished, three_epochs, tmp_path,
     assert_same_training(run, whole)
     if "lr-scheduler" not in options:
         return
+    capsys.readouterr()
+    succeed("train.py", run, **options)
+    assert ("more --epochs" in capsys.readouterr().out) == plateau
     before, options["epochs"] = contents(run), 4
     if options["lr-scheduler"] == "cosine":  # all its rates were for three epochs
         assert "has epochs 3, not 4" in fail("train.py", run, **options)
