@@ -188,12 +188,11 @@ def find_state(run, settings):
         return None
     state = data.read(run / data.STATE)
     there = {**state["config"], **data.settings_of(state["config"])}
+    # An encoder is known by its digest, wherever it lies. More epochs are the same run, but to a
+    # cosine, whose rates depend on them.
+    cosine = settings["lr_scheduler"] == "cosine"
+    free = ("feature_run",) if cosine else ("feature_run", "epochs")
     for name, value in settings.items():
-        # More epochs are the same run, but to a cosine, whose rates depend on them.
-        # An encoder is known by its digest, wherever it lies.
-        free = (
-            ("feature_run",) if settings["lr_scheduler"] == "cosine" else ("feature_run", "epochs")
-        )
         if name not in free and there.get(name) != value:
             differs = f"{name} {there.get(name)}, not {value}"
             raise data.UserError(f"{run} has {differs}: {data.ANOTHER_RUN}")
