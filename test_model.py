@@ -499,16 +499,21 @@ def test_the_readme_s_table_and_a_setting_that_is_new(run, three_epochs, monkeyp
 
 
 def test_the_readme_s_figures():
-    """Each "mean ± standard deviation" on the page is one of the runs', or of a repeated timing."""
+    """Each "mean ± standard deviation" on the page is one of the runs', or of a repeated timing;
+    each percentage is a run's, or the report's."""
     spread = r"\d+\.\d+ ± \d+\.\d+"
     read = partial(Path.read_text, encoding="utf-8")
-    known = plots.results_table(HERE / "results") + read(HERE / "results" / "speed.txt")
+    known = read(HERE / "results" / "speed.txt")
+    for folder in ("results", "results/search"):
+        known += plots.results_table(HERE / folder)
     runs = [data.read_run(path).log for path in (HERE / "results" / "latent32").iterdir()]
     for epochs in (10, 50):
         drops = [log[99 - epochs]["test_loss"] - log[99]["test_loss"] for log in runs]
         known += f" {plots.spread(drops, 2)} "
-    figures = re.findall(spread, read(HERE / "README.md"))
+    page = read(HERE / "README.md")
+    figures, shares = re.findall(spread, page), re.findall(r"\d+\.\d\d(?= %)", page)
     assert len(figures) > 60 and set(figures) <= set(re.findall(spread, known))
+    assert len(shares) > 10 and set(shares) <= {"84.01", *re.findall(r"\d+\.\d\d", known)}
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path):
