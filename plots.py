@@ -117,7 +117,9 @@ def draw_latent_space(mu, labels):
         x, y = method.fit_transform(mu).T
         points = axis.scatter(x, y, c=labels.numpy(), cmap="tab10", s=2, vmin=0, vmax=9)
         axis.set(title=f"{name} of μ, {len(mu):,} test images", xticks=[], yticks=[])
-    handles = points.legend_elements(num=list(range(len(data.CLASSES))))[0]
+    # Its own legend_elements leave out classes beyond those that are there.
+    colors = [points.to_rgba(k) for k in range(len(data.CLASSES))]
+    handles = [plt.Line2D([], [], marker="o", linestyle="", color=color) for color in colors]
     figure.legend(handles, data.CLASSES, loc="outside right center")
     return figure
 

@@ -664,6 +664,22 @@ def test_hold_out(tmp_path, figures):
     assert "leaves none of 600" in fail("train.py", tmp_path / "all", epochs=1, **{"hold-out": 600})
 
 
+def test_classes_that_are_not_held_out(tmp_path, figures):
+    run = tmp_path / "run"
+    succeed("train.py", run, epochs=1, **{"hold-out": 5})
+    succeed("classify.py", run)
+    succeed("plots.py", run)
+    there = [(TRAIN[1][-5:] == k).sum().item() for k in range(10)]
+    assert 0 in (there[0], there[9])
+    found = read_json(run / data.CLASSIFICATION)
+    assert [sum(row) for row in found["confusion_matrix"]] == there
+    figure = figures["latent_space.png"]
+    points, legend = figure.axes[0].collections[0], figure.legends[0]
+    colors = dict(zip(data.CLASSES, points.to_rgba(range(10)).tolist()))
+    shown = zip(legend.get_texts(), legend.legend_handles)
+    assert {text.get_text(): list(handle.get_color()) for text, handle in shown} == colors
+
+
 # ------------------------------------------------------------------------------------------
 # Bad input: one line, an exit code, and nothing overwritten
 
