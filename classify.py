@@ -31,6 +31,9 @@ def main():
     test_mu = latent_means(model, test_images)
     mixture_z = sample_mixture(train_mu, len(test_mu)).to(args.device)
     merit = figures_of_merit(model, test_images.to(args.device), mixture_z)
+    # Of the gap between train and test loss, the difference of the floors is the data's own.
+    train_floor = reconstruction_bce(train_images, train_images) / len(train_images)
+    merit["train_bce_floor"] = train_floor.item()
     # The criterion for an active unit of Burda, Grosse & Salakhutdinov (2016).
     merit["active_dimensions"] = (test_mu.var(dim=0) > 0.01).sum().item()
 

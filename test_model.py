@@ -851,6 +851,9 @@ def test_classification_by_hand(finished, run, monkeypatch):
         samples = load_model(data.read_run(finished), "cpu").decode(z)
     sharpness = classify.gradient_energy(samples) / classify.gradient_energy(test_x)
     assert found["sharpness_mixture_samples"] == pytest.approx(sharpness, rel=1e-6)
+    for name, x in (("bce_floor", test_x), ("train_bce_floor", train_x)):
+        entropy = torch.special.entr(x).sum() + torch.special.entr(1 - x).sum()
+        assert found[name] == pytest.approx(entropy.item() / len(x), rel=1e-4)
     assert found["epoch"] == 2
 
 
