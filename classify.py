@@ -20,9 +20,8 @@ def main():
     # Baselines depend on no weights, so those of an earlier classification stay.
     path = run.path / data.CLASSIFICATION
     baselines = data.read(path).get("baselines") if path.exists() else None
-    hold_out = run.settings["hold_out"]
-    train_images, train_labels = data.load_split(args.data, True, hold_out)
-    test_images, test_labels = data.load_split(args.data, False, hold_out)
+    train_images, train_labels = data.load_split(args.data, True, run.settings["hold_out"])
+    test_images, test_labels = data.load_split(args.data, False, run.settings["hold_out"])
     components = min(len(train_images), 28 * 28)
     if args.baselines and latent_dim > components:
         raise data.UserError(f"--baselines: PCA has {components} components, not {latent_dim}")
@@ -58,16 +57,9 @@ def main():
     for name, value in merit.items():
         print(f"{name}: {value:.4g}")
 
-    found = {
-        "epoch": len(run.log),
-        "sha256": run.sha256,
-        "accuracy": accuracy,
-        "recall": dict(zip(data.CLASSES, recall)),
-        "confusion_matrix": matrix.tolist(),
-        "baselines": baselines,
-        **merit,
-    }
-    data.write(path, found)
+    found = {"epoch": len(run.log), "sha256": run.sha256, "accuracy": accuracy}
+    found |= {"recall": dict(zip(data.CLASSES, recall)), "confusion_matrix": matrix.tolist()}
+    data.write(path, {**found, "baselines": baselines, **merit})
 
 
 def fit_forest(x, y):

@@ -15,7 +15,6 @@ import zipfile
 import zlib
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import urlparse
 
 import torch
 from torchvision.datasets import FashionMNIST
@@ -40,22 +39,23 @@ def load_split(root, train, hold_out=0):
     0 to 9; N is 60,000 for training, 10,000 for test. With `hold_out` the last so many training
     images take the place of the test set. What `root` lacks is unpacked from .gz files placed in
     it, from Debian's package `dataset-fashion-mnist`, or downloaded.
-    Raises UserError if the data cannot be had, is damaged, or is all held out.
+    Raises UserError if the data cannot be had or is damaged, or if a part has fewer than ten.
     """
     raw = Path(root) / "FashionMNIST" / "raw"
     complete_raw_files(raw)
+    name = "train" if train or hold_out else "t10k"
     try:
-        split = FashionMNIST(root, train=train or hold_out > 0)
+        split = FashionMNIST(root, train=name == "train")
         images, labels = split.data, split.targets
         if images.shape != (len(labels), 28, 28) or labels.min() < 0 or labels.max() > 9:
             raise ValueError("not as many 28×28 images as labels from 0 to 9")
     # What torchvision raises on a damaged file depends on where the damage is.
     except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        files = f"{raw}/{'train' if train or hold_out else 't10k'}-*"
-        raise UserError(f"{files} are damaged or not Fashion-MNIST: delete them") from error
-    if hold_out >= len(images):
-        raise UserError(f"--hold-out {hold_out} leaves none of {len(images)} images to train on")
+        problem = "are damaged or not Fashion-MNIST: delete them"
+        raise UserError(f"{raw}/{name}-* {problem}") from error
     if hold_out:
+        if not 10 <= hold_out <= len(images) - 10:
+            raise UserError(f"--hold-out {hold_out}: of {len(images)} images, each part needs 10")
         part = slice(-hold_out) if train else slice(-hold_out, None)
         images, labels = images[part], labels[part]
     return images.unsqueeze(1).float().div_(255), labels
@@ -96,9 +96,8 @@ def download(root, raw):
     try:
         FashionMNIST(root, download=True)
     except RuntimeError as error:
-        hosts = ", ".join(urlparse(mirror).netloc for mirror in FashionMNIST.mirrors)
         raise UserError(
-            f"no Fashion-MNIST in {raw}, nor to be had from {hosts}: apt-get install"
+            f"no Fashion-MNIST in {raw}, nor at {', '.join(FashionMNIST.mirrors)}: apt-get install"
             " dataset-fashion-mnist, or put the four files (train-*, t10k-*, .gz or not) there"
         ) from error
 
@@ -131,12 +130,12 @@ SETTINGS = {
     "lr": {"type": between(float, 1e-12, 1e3), "default": 5e-4, "help": "learning rate of Adam"},
     "seed": {"type": COUNT, "default": 0, "help": "of all random draws"},
     "beta": {"type": WEIGHT, "default": 1.0, "help": "weight of the KLD"},
-    "lr_scheduler": {**SCHEDULERS, "help": "torch's, on the train loss or down to 0 at --epochs"},
+    "lr_scheduler": {**SCHEDULERS, "help": "torch's, on train BCE + beta KLD or to 0 at --epochs"},
     "hold_out": {"type": COUNT, "default": 0, "help": "last train images, to be the test set"},
     "feature_weight": {"type": WEIGHT, "default": 0.0, "help": "of features in the loss"},
     "feature_run": {"type": str, "default": "", "help": "run whose encoder gives those features"},
+    "epochs": {"type": between(int, 1, LARGE), "default": 100, "help": "in all"},
 }
-EPOCHS = {"type": between(int, 1, LARGE), "default": 100, "help": "epochs in all"}
 LOSSES = [f"{split}_{loss}" for split in ("train", "test") for loss in ("loss", "bce", "kld")]
 LOG_COLUMNS = ["epoch", *LOSSES, "lr", "seconds"]
 
@@ -175,16 +174,15 @@ def read_run(path):
     sha256 = digest(weights) if weights else None
     if (path / STATE).exists():
         state = read(path / STATE)
-        same = (config, log) == (state["config"], state["log"])
-        if not same or sha256 not in (None, digest(state["model"])):
-            raise UserError(
-                f"files in {path} differ from its {STATE}: unless train.py is just writing them,"
-                " its command for this run restores them"
-            )
-        sha256 = digest(state["model"])
-    if len(log) < config["epochs"]:
-        print(f"Remark: {path} is at epoch {len(log)} of {config['epochs']}.", file=sys.stderr)
-    return Run(path, settings_of(config), log, weights, sha256)
+        truth = state["config"], state["log"], digest(state["model"])
+        if (config, log, sha256 or truth[2]) != truth:
+            remedy = "unless train.py is just writing them, its command for this run restores them"
+            raise UserError(f"files in {path} differ from its {STATE}: {remedy}")
+        sha256 = truth[2]
+    settings = settings_of(config)
+    if len(log) < settings["epochs"]:
+        print(f"Remark: {path} is at epoch {len(log)} of {settings['epochs']}.", file=sys.stderr)
+    return Run(path, settings, log, weights, sha256)
 
 
 def read_classification(run):
@@ -195,8 +193,8 @@ def read_classification(run):
     path, remark = run.path / CLASSIFICATION, "is missing"
     if path.exists():
         found = read(path)
-        known = run.sha256 and "sha256" in found
-        if found["epoch"] == len(run.log) and (not known or found["sha256"] == run.sha256):
+        sha256 = found.get("sha256", run.sha256)
+        if found["epoch"] == len(run.log) and run.sha256 in (None, sha256):
             return found
         remark = "is of other weights than the run has now"
     print(f"Remark: {path} {remark}: python classify.py --run {run.path}", file=sys.stderr)
@@ -230,12 +228,11 @@ def read(path):
 
 
 def settings_of(config):
-    """Return the settings in a config; raises where one, or `epochs`, is impossible."""
+    """Return the settings in a config; raises where one is impossible."""
     settings = {name: config.get(name, option["default"]) for name, option in SETTINGS.items()}
-    for name, option in {**SETTINGS, "epochs": EPOCHS}.items():
-        value = {**settings, "epochs": config["epochs"]}[name]
-        possible = option["choices"] if "choices" in option else [option["type"](str(value))]
-        if value not in possible:
+    for name, option in SETTINGS.items():
+        value = settings[name]
+        if value not in (option.get("choices") or [option["type"](str(value))]):
             raise ValueError(f"{name} cannot be {value}")
     return settings
 

@@ -113,7 +113,7 @@ class DeepConvVAE(VAE):
         )
 
     def features(self, x):
-        return (self.enc(x),)
+        return [x := block(x) for block in self.enc]
 
     def decode(self, z):
         h = F.leaky_relu(self.fc_dec(z), 0.2).view(-1, 256, 3, 3)

@@ -45,7 +45,7 @@ def main():
     save(run, "reconstructions.png", draw_grid(rows, names, [data.CLASSES[k] for k in classes]))
     z, names = sample_codes(models[0], run.settings["latent_dim"], train_images)
     save(run, "samples.png", draw_grid(models[0].decode(z.to(args.device)).split(10), names))
-    mu = latent_means(models[0], images[:5000])  # half of them, in half of t-SNE's time
+    mu = latent_means(models[0], images[:5000])  # t-SNE takes its time
     save(run, "latent_space.png", draw_latent_space(mu, labels[: len(mu)]))
     if classification:
         save(run, "confusion_matrix.png", draw_confusion_matrix(classification))
@@ -97,9 +97,9 @@ def draw_grid(rows, names=(), titles=()):
     for axis, picture in zip(axes.flat, torch.cat(rows).cpu()):
         axis.imshow(picture[0].numpy(), cmap="gray", vmin=0, vmax=1)
     for axis, name in zip(axes[:, 0], names):
-        axis.set_ylabel(fill(name, 14), fontsize=9)
+        axis.set_ylabel(fill(name, 12), fontsize=11)
     for axis, title in zip(axes[0], titles):
-        axis.set_title(title, fontsize=9)
+        axis.set_title(title, fontsize=11)
     return figure
 
 
@@ -107,11 +107,9 @@ def draw_latent_space(mu, labels):
     """Return a figure of μ [N, latent_dim] in two dimensions, by PCA and by t-SNE."""
     if mu.shape[1] == 1:
         mu = torch.cat((mu, torch.zeros_like(mu)), dim=1)  # both want two columns
-    methods = {
-        "PCA": PCA(2, random_state=0),
-        # Its default perplexity, 30, must be below the number of points.
-        "t-SNE": TSNE(perplexity=min(30, len(mu) / 4), random_state=0, n_jobs=-1),
-    }
+    # The default perplexity, 30, must be below the number of points.
+    tsne = TSNE(perplexity=min(30, len(mu) / 4), random_state=0, n_jobs=-1)
+    methods = {"PCA": PCA(2, random_state=0), "t-SNE": tsne}
     figure, axes = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
     for axis, (name, method) in zip(axes, methods.items()):
         x, y = method.fit_transform(mu).T
@@ -130,7 +128,8 @@ def draw_confusion_matrix(found):
     matrix = torch.tensor(found["confusion_matrix"]).numpy()
     display = ConfusionMatrixDisplay(matrix, display_labels=data.CLASSES)
     display.plot(ax=axis, cmap="Blues", colorbar=False, xticks_rotation=60)
-    axis.set(title=f"μ after epoch {found['epoch']}: {found['accuracy'] * 100:.2f} % right")
+    right = f"{found['accuracy'] * 100:.2f} % right"
+    axis.set(title=f"Random Forest on μ, epoch {found['epoch']}: {right}")
     return figure
 
 
@@ -179,17 +178,18 @@ def results_table(folder):
         for name, factor, digits in COLUMNS.values():
             rows[-1].append(spread([run[name] * factor for run in runs if name in run], digits))
     for (name, dimensions), accuracy in sorted(baselines.items()):
-        empty = [""] * (len(COLUMNS) - 1)
-        rows.append([name, str(dimensions), "", *empty, f"{accuracy * 100:.2f}"])
+        rows.append([name, str(dimensions), *[""] * len(COLUMNS), f"{accuracy * 100:.2f}"])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def describe(run, but=()):
     """Return a run's network and what else, `but` these, differs from the report's settings."""
     words = [NETWORKS[run.settings["model"]]]
-    for name, option in {**data.SETTINGS, "epochs": data.EPOCHS}.items():
-        value = {**run.settings, "epochs": len(run.log)}[name]
-        if name not in ("model", "seed", "feature_run", *but) and value != option["default"]:
+    for name, option in data.SETTINGS.items():
+        value = run.settings[name]
+        if name == "epochs" and len(run.log) < value:
+            value = f"{len(run.log)} of {value}"
+        if name not in ("model", "seed", *but) and value != option["default"]:
             words.append(f"{name.replace('_', ' ')} {value}")
     return ", ".join(words)
 

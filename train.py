@@ -28,7 +28,7 @@ CLEAR = f"\r{'':40}\r" if sys.stdout.isatty() else ""
 def parse_arguments():
     """Return the command line's settings; the defaults are the report's."""
     parser = data.command_line(__doc__)
-    for name, option in {"epochs": data.EPOCHS, **data.SETTINGS}.items():
+    for name, option in data.SETTINGS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", **option)
     args = parser.parse_args()
     if bool(args.feature_weight) != bool(args.feature_run):
@@ -39,7 +39,7 @@ def parse_arguments():
 def main():
     args = parse_arguments()
     run, device = args.run, args.device
-    settings = {name: getattr(args, name) for name in (*data.SETTINGS, "epochs")}
+    settings = {name: getattr(args, name) for name in data.SETTINGS}
     encoder_run = data.read_run(Path(args.feature_run)) if args.feature_run else None
     if encoder_run:
         settings["feature_sha256"] = encoder_run.sha256  # it might be trained on in between
@@ -66,8 +66,7 @@ def main():
         if on_cuda:
             train_step = CapturedStep(train_step, args.batch_size)
         where = f"cuda ({torch.cuda.get_device_name()})" if on_cuda else device
-        version = str(torch.__version__)  # plain, to be loaded
-        config = {**settings, "torch": version, "device": where}
+        config = {**settings, "torch": str(torch.__version__), "device": where}
         epochs = f"epochs {len(log) + 1} to {args.epochs}"
         print(f"{type(model).__name__} on {where}, {epochs}", flush=True)
 
@@ -148,7 +147,7 @@ def learning_rate(args, log):
     """
     if args.lr_scheduler == "constant":
         return args.lr
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.lr)  # a stand-in
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.lr)  # a stand-in, stepped lest torch warn
     cosine, plateau = CosineAnnealingLR(optimizer, args.epochs), ReduceLROnPlateau(optimizer)
     for row in log:
         optimizer.step()
@@ -188,10 +187,8 @@ def find_state(run, settings):
         return None
     state = data.read(run / data.STATE)
     there = {**state["config"], **data.settings_of(state["config"])}
-    # An encoder is known by its digest, wherever it lies. More epochs are the same run, but to a
-    # cosine, whose rates depend on them.
-    cosine = settings["lr_scheduler"] == "cosine"
-    free = ("feature_run",) if cosine else ("feature_run", "epochs")
+    # An encoder is known by its digest, wherever it lies; a cosine's rates depend on the epochs.
+    free = ["feature_run"] if settings["lr_scheduler"] == "cosine" else ["feature_run", "epochs"]
     for name, value in settings.items():
         if name not in free and there.get(name) != value:
             differs = f"{name} {there.get(name)}, not {value}"
