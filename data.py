@@ -39,7 +39,8 @@ def load_split(root, train, hold_out=0):
     0 to 9; N is 60,000 for training, 10,000 for test. With `hold_out` the last so many training
     images take the place of the test set. What `root` lacks is unpacked from .gz files placed in
     it, from Debian's package `dataset-fashion-mnist`, or downloaded.
-    Raises UserError if the data cannot be had or is damaged, or if a part has fewer than ten.
+    Raises UserError if the data cannot be had or is damaged, or if holding out leaves a part
+    fewer than ten images.
     """
     raw = Path(root) / "FashionMNIST" / "raw"
     complete_raw_files(raw)
@@ -228,8 +229,9 @@ def read(path):
 
 
 def settings_of(config):
-    """Return the settings in a config; raises where one is impossible."""
+    """Return the settings in a config; raises where one is impossible, or there are no epochs."""
     settings = {name: config.get(name, option["default"]) for name, option in SETTINGS.items()}
+    settings["epochs"] = config["epochs"]  # which every run has had
     for name, option in SETTINGS.items():
         value = settings[name]
         if value not in (option.get("choices") or [option["type"](str(value))]):

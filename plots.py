@@ -153,7 +153,8 @@ def results_table(folder):
     """Return a Markdown table of the runs in folder/*/seed*, a row for equal settings and epochs.
 
     Cells are mean ± standard deviation over n seeds; runs without a classification of their
-    present weights are left out, with a remark. Baselines, which have no seed, stand below.
+    present weights are left out, with a remark. The encoder of a feature run is not looked at.
+    Baselines, which have no seed, stand below.
     """
     groups, baselines = {}, {}
     for path in sorted(folder.glob(f"*/seed*/{data.CONFIG}")):
@@ -189,7 +190,7 @@ def describe(run, but=()):
         value = run.settings[name]
         if name == "epochs" and len(run.log) < value:
             value = f"{len(run.log)} of {value}"
-        if name not in ("model", "seed", *but) and value != option["default"]:
+        if name not in ("model", "seed", "feature_run", *but) and value != option["default"]:
             words.append(f"{name.replace('_', ' ')} {value}")
     return ", ".join(words)
 
