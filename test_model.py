@@ -485,11 +485,9 @@ def test_a_run_without_a_state_is_left_alone(files, run):
 
 def test_other_settings_are_refused_by_name(run):
     (run / "train.lock").unlink()
-    before, others = (
-        contents(run),
-        {"latent-dim": (16, 8), "batch-size": (64, 32), "lr": (0.1, 5e-4)},
-    )
-    for option, (value, there) in {**others, "seed": (1, 0), "model": ("fc", "conv")}.items():
+    before, others = contents(run), {"latent-dim": (16, 8), "batch-size": (64, 32)}
+    others |= {"lr": (0.1, 5e-4), "seed": (1, 0), "model": ("fc", "conv")}
+    for option, (value, there) in others.items():
         message = fail("train.py", run, epochs=3, **{option: value})
         assert f"has {option.replace('-', '_')} {there}, not {value}:" in message
         assert contents(run) == before
@@ -576,7 +574,6 @@ def test_proposals_go_on_after_a_kill(
     options = {"epochs": 3, **options}
     if "feature-weight" in options:
         options["feature-run"] = finished
-
     impatient = partial(ReduceLROnPlateau, patience=0, threshold=0.9)
     monkeypatch.setattr(train, "ReduceLROnPlateau", impatient)
     succeed("train.py", whole, **options)
@@ -950,11 +947,9 @@ def test_figures_show_the_run(run, figures, tmp_path):
     other = tmp_path / "other"
     succeed("train.py", other, epochs=1, model="fc")
     succeed("plots.py", run, "--compare", other)
-    log = data.read_run(run).log
+    log, colors = data.read_run(run).log, {"train": "blue", "test": "orange"}
     for axis, loss in zip(figures["loss_curves.png"].axes, ("loss", "bce", "kld"), strict=True):
-        for line, split, color in zip(
-            axis.lines, ("train", "test"), ("blue", "orange"), strict=True
-        ):
+        for line, (split, color) in zip(axis.lines, colors.items(), strict=True):
             assert line.get_label() == split and line.get_color() == f"tab:{color}"
             values = [(row["epoch"], row[f"{split}_{loss}"]) for row in log]
             assert line.get_xydata().tolist() == [[*value] for value in values]
