@@ -134,7 +134,7 @@ def draw_confusion_matrix(found):
 
 
 COLUMNS = {  # of the results table: what is shown of a run, times what, and how many decimals
-    "Loss, epoch 1": ("first_loss", 1, 1),
+    "Train loss, epoch 1": ("first_loss", 1, 1),
     "Train loss": ("train_loss", 1, 2),
     "Test loss": ("test_loss", 1, 2),
     "Test − train": ("gap", 1, 2),
