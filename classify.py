@@ -1,13 +1,18 @@
 """Measure a run: a Random Forest on its latent codes, and its quality as a generative model."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from sklearn.decomposition import PCA
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.metrics import confusion_matrix
+from sklearn.neighbors import NearestNeighbors
 
 import data
 from model import BATCH, kl_divergence, latent_means, load_model, reconstruction_bce, sample_mixture
+
+NEIGHBOURS = 3  # k of precision and recall, as in the paper
 
 
 def main():
@@ -16,7 +21,7 @@ def main():
     args = parser.parse_args()
     run = data.read_run(args.run)
     latent_dim = run.settings["latent_dim"]
-    model = load_model(run, args.device)
+    model = load_model(run, "cpu")
     # Baselines depend on no weights, so those of an earlier classification stay.
     path = run.path / data.CLASSIFICATION
     baselines = data.read(path).get("baselines") if path.exists() else None
@@ -26,15 +31,17 @@ def main():
     if args.baselines and latent_dim > components:
         raise data.UserError(f"--baselines: PCA has {components} components, not {latent_dim}")
 
-    train_mu = latent_means(model, train_images)
-    test_mu = latent_means(model, test_images)
-    mixture_z = sample_mixture(train_mu, len(test_mu)).to(args.device)
-    merit = figures_of_merit(model, test_images.to(args.device), mixture_z)
+    train_mu, test_mu = (latent_means(model, images) for images in (train_images, test_images))
+    # In float64 PCA, like μ, is the same on every machine.
+    flat_train, flat_test = (images.flatten(1).double() for images in (train_images, test_images))
+    pca = PCA(min(50, components), random_state=42).fit(flat_train)
+    mixture_z = sample_mixture(model, train_images, len(test_images))
+    metrics = measure(model, test_images, mixture_z, pca)
     # Of the gap between train and test loss, the difference of the floors is the data's own.
     train_floor = reconstruction_bce(train_images, train_images) / len(train_images)
-    merit["train_bce_floor"] = train_floor.item()
+    metrics["train_bce_floor"] = train_floor.item()
     # The criterion for an active unit of Burda, Grosse & Salakhutdinov (2016).
-    merit["active_dimensions"] = (test_mu.var(dim=0) > 0.01).sum().item()
+    metrics["active_dimensions"] = (test_mu.var(dim=0) > 0.01).sum().item()
 
     predicted = fit_forest(train_mu, train_labels).predict(test_mu)
     matrix = confusion_matrix(test_labels, predicted, labels=range(len(data.CLASSES)))
@@ -46,57 +53,59 @@ def main():
     print(f"Classification accuracy: {accuracy * 100:.2f}%")
 
     if args.baselines:
-        # In float64 PCA, like μ, is the same on every machine.
-        pixels = [images.flatten(1).double() for images in (train_images, test_images)]
-        pca = PCA(latent_dim, random_state=42).fit(pixels[0])
-        features = {"pixels": pixels, "pca": [pca.transform(split) for split in pixels]}
+        reduced = PCA(latent_dim, random_state=42).fit(flat_train)
+        features = {"pixels": (flat_train, flat_test)}
+        features["pca"] = [reduced.transform(split) for split in (flat_train, flat_test)]
         baselines = {}
         for name, (train, test) in features.items():
             baselines[name] = fit_forest(train, train_labels).score(test, test_labels)
             print(f"The same forest on {name}: {baselines[name] * 100:.2f}%")
-    for name, value in merit.items():
+        as_many = train_images[: len(test_images)]
+        baselines["training_images"] = compare(as_many, test_images, pca)
+    for name, value in metrics.items():
         print(f"{name}: {value:.4g}")
 
-    found = {"epoch": len(run.log), "sha256": run.sha256, "accuracy": accuracy}
-    found |= {"recall": dict(zip(data.CLASSES, recall)), "confusion_matrix": matrix.tolist()}
-    data.write(path, {**found, "baselines": baselines, **merit})
+    result = {"epoch": len(run.log), "sha256": run.sha256, "accuracy": accuracy}
+    result |= {"recall": dict(zip(data.CLASSES, recall)), "confusion_matrix": matrix.tolist()}
+    data.write(path, {**result, "baselines": baselines, **metrics})
 
 
-def fit_forest(x, y):
+def fit_forest(x, y, random_state=42):
     """Return the report's forest fitted to features x [N, D] and labels y [N]."""
-    return RandomForestClassifier(n_estimators=100, random_state=42, n_jobs=-1).fit(x, y)
+    return RandomForestClassifier(100, random_state=random_state, n_jobs=-1).fit(x, y)
 
 
 @torch.no_grad()
-def figures_of_merit(model, images, mixture_z):
-    """Return what tells of reconstructions and samples, for test images [N, 1, 28, 28].
+def measure(model, images, mixture_z, pca):
+    """Return what tells of reconstructions and samples, for N test images [N, 1, 28, 28].
 
     A reconstruction is the model's forward pass, z sampled, as in the test loss.
     - bce, kld: the two terms of the loss, in nats per image.
     - bce_floor: the BCE of a perfect reconstruction, the entropy of the grey values themselves.
     - excess_bce: bce − bce_floor.
     - mse: squared error per pixel, values in [0, 1].
-    - sharpness_reconstructions, sharpness_samples, sharpness_mixture_samples: gradient energy of N
-      reconstructions, N samples z ~ N(0, I), and of `mixture_z` decoded, over that of the images.
+    - sharpness_reconstructions: gradient energy of reconstructions over that of the images.
+    - frechet, precision, recall, of `compare`: `_samples` of N from N(0, I), and
+      `_mixture_samples` of `mixture_z` [N, latent_dim], each decoded.
     """
     torch.manual_seed(0)
     outputs = zip(*(model(x) for x in images.split(BATCH)))
     reconstructions, mu, logvar = (torch.cat(parts) for parts in outputs)
-    samples = torch.cat([model.decode(z) for z in torch.randn_like(mu).split(BATCH)])
-    mixture_samples = torch.cat([model.decode(z) for z in mixture_z.split(BATCH)])
     bce = reconstruction_bce(reconstructions, images).item() / len(images)
     bce_floor = reconstruction_bce(images, images).item() / len(images)
-    energy = gradient_energy(images)
-    return {
+    metrics = {
         "bce": bce,
         "kld": kl_divergence(mu, logvar).item() / len(images),
         "bce_floor": bce_floor,
         "excess_bce": bce - bce_floor,
         "mse": F.mse_loss(reconstructions, images).item(),
-        "sharpness_reconstructions": gradient_energy(reconstructions) / energy,
-        "sharpness_samples": gradient_energy(samples) / energy,
-        "sharpness_mixture_samples": gradient_energy(mixture_samples) / energy,
+        "sharpness_reconstructions": gradient_energy(reconstructions) / gradient_energy(images),
     }
+    for name, z in {"samples": torch.randn_like(mu), "mixture_samples": mixture_z}.items():
+        samples = torch.cat([model.decode(part) for part in z.split(BATCH)])
+        likeness = compare(samples, images, pca)
+        metrics |= {f"{measure}_{name}": value for measure, value in likeness.items()}
+    return metrics
 
 
 def gradient_energy(images):
@@ -106,6 +115,45 @@ def gradient_energy(images):
     """
     dy, dx = images.diff(dim=2), images.diff(dim=3)
     return (dy.square().sum() + dx.square().sum()).item() / len(images)
+
+
+def compare(samples, images, pca):
+    """Return how like `images` [N, 1, 28, 28] the `samples` [M, 1, 28, 28] are, by name.
+
+    Both are taken as points, by `pca`, which was fitted to the pixels of training images.
+    - frechet: ‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2 (Σ₁Σ₂)^½) of the Gaussians fitted to the two sets
+      (Heusel et al., 2017): 0 if means and covariances agree; lower is better.
+    - precision: share of samples that lie among images, that is, no farther from some image than
+      its k-th nearest other image; recall: of images that lie among samples (Kynkäänniemi et al.,
+      2019). From 0 to 1; higher is better, but blur raises precision, towards the middle of the
+      data, so that of real images is below that of blurred ones.
+    There is no Inception network in it, so none of the three compares with others' figures.
+    """
+    pictures = (samples, images)
+    generated, real = (torch.tensor(pca.transform(x.flatten(1).double())) for x in pictures)
+    # With centred points A = QR a covariance is RᵀR, and tr (Σ₁Σ₂)^½ the nuclear norm of R₁R₂ᵀ.
+    means, roots = [], []
+    for points in (generated, real):
+        means.append(points.mean(dim=0))
+        roots.append(torch.linalg.qr(points - means[-1]).R / (len(points) - 1) ** 0.5)
+    traces = sum(root.square().sum() for root in roots)
+    common = torch.linalg.matrix_norm(roots[0] @ roots[1].T, "nuc")
+    frechet = (means[0] - means[1]).square().sum() + traces - 2 * common
+    return {
+        "frechet": frechet.item(),
+        "precision": share_among(generated, real),
+        "recall": share_among(real, generated),
+    }
+
+
+def share_among(points, others):
+    """Return the share of `points` [N, D] no farther from one of `others` than its k-th neighbour."""
+    nearest = NearestNeighbors(n_neighbors=NEIGHBOURS + 1).fit(others)  # itself and k others
+    radius = torch.tensor(nearest.kneighbors(others)[0][:, -1])
+    # Not by products of matrices, which put a point at some distance from itself.
+    distances = partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")
+    among = [(distances(part, others) <= radius).any(dim=1) for part in points.split(500)]
+    return torch.cat(among).double().mean().item()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Draw a run: its loss curves, reconstructions, samples, confusion matrix and latent space."""
 
 from pathlib import Path
-from statistics import mean, stdev
 from textwrap import fill
 
 import matplotlib
@@ -16,6 +15,7 @@ from model import latent_means, load_model, sample_mixture
 
 matplotlib.use("Agg")  # files only, also where there is no screen
 NETWORKS = {"conv": "ConvVAE", "fc": "Fully connected VAE", "deep": "Deep ConvVAE"}
+LABELS = {"beta": "β {}", "lr_scheduler": "{}", "epochs": "{} epochs", "hold_out": "{} held out"}
 
 
 @torch.no_grad()
@@ -23,11 +23,7 @@ def main():
     parser = data.command_line(__doc__)
     compare = {"nargs": "+", "default": [], "help": "show their reconstructions too"}
     parser.add_argument("--compare", type=Path, metavar="RUN", **compare)
-    parser.add_argument("--table", type=Path, metavar="DIR", help="print a table of DIR/*/seed*")
     args = parser.parse_args()
-    if args.table:
-        print(results_table(args.table))
-        return
     run = data.read_run(args.run)
     runs = [run, *map(data.read_run, args.compare)]
     models = [load_model(one, args.device) for one in runs]
@@ -84,7 +80,7 @@ def sample_codes(model, latent_dim, train_images):
         quantiles = torch.special.ndtri(torch.linspace(0.05, 0.95, 10))
         return torch.cartesian_prod(quantiles, quantiles), ()
     torch.manual_seed(0)
-    mixture_z = sample_mixture(latent_means(model, train_images), 50)
+    mixture_z = sample_mixture(model, train_images, 50)
     return torch.cat((torch.randn(50, latent_dim), mixture_z)), ["N(0, I)"] * 5 + ["mixture"] * 5
 
 
@@ -133,72 +129,17 @@ def draw_confusion_matrix(found):
     return figure
 
 
-COLUMNS = {  # of the results table: what is shown of a run, times what, and how many decimals
-    "Train loss, epoch 1": ("first_loss", 1, 1),
-    "Train loss": ("train_loss", 1, 2),
-    "Test loss": ("test_loss", 1, 2),
-    "Test − train": ("gap", 1, 2),
-    "BCE − floor": ("excess_bce", 1, 2),
-    "KLD": ("kld", 1, 2),
-    "MSE × 1000": ("mse", 1000, 2),
-    "Sharpness, reconstructions": ("sharpness_reconstructions", 1, 3),
-    "Sharpness, samples": ("sharpness_samples", 1, 3),
-    "Sharpness, mixture": ("sharpness_mixture_samples", 1, 3),
-    "Active dimensions": ("active_dimensions", 1, 1),
-    "Accuracy, %": ("accuracy", 100, 2),
-}
-
-
-def results_table(folder):
-    """Return a Markdown table of the runs in folder/*/seed*, a row for equal settings and epochs.
-
-    Cells are mean ± standard deviation over n seeds; runs without a classification of their
-    present weights are left out, with a remark. The encoder of a feature run is not looked at.
-    Baselines, which have no seed, stand below.
-    """
-    groups, baselines = {}, {}
-    for path in sorted(folder.glob(f"*/seed*/{data.CONFIG}")):
-        run = data.read_run(path.parent)
-        found = data.read_classification(run)
-        if found is None:
-            continue
-        first, last = run.log[0], run.log[-1]
-        gap = last["test_loss"] - last["train_loss"]
-        shown = {**last, **found, "first_loss": first["train_loss"], "gap": gap}
-        latent_dim, held = run.settings["latent_dim"], run.settings["hold_out"]
-        groups.setdefault((describe(run, ("latent_dim",)), latent_dim), []).append(shown)
-        if found.get("baselines"):
-            held = f", hold out {held}" if held else ""
-            baselines[f"raw pixels{held}", 28 * 28] = found["baselines"]["pixels"]
-            baselines[f"PCA{held}", latent_dim] = found["baselines"]["pca"]
-    if not groups:
-        raise data.UserError(f"{folder} holds no classified runs <setting>/seed<n>")
-    rows = [["Codes", "Dimensions", "n", *COLUMNS], ["---"] * (3 + len(COLUMNS))]
-    for (setting, latent_dim), runs in sorted(groups.items()):
-        rows.append([setting, str(latent_dim), str(len(runs))])
-        for name, factor, digits in COLUMNS.values():
-            rows[-1].append(spread([run[name] * factor for run in runs if name in run], digits))
-    for (name, dimensions), accuracy in sorted(baselines.items()):
-        rows.append([name, str(dimensions), *[""] * len(COLUMNS), f"{accuracy * 100:.2f}"])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
-def describe(run, but=()):
-    """Return a run's network and what else, `but` these, differs from the report's settings."""
-    words = [NETWORKS[run.settings["model"]]]
+def describe(run, skip=()):
+    """Return a run's network and what else, `skip` apart, differs from the report's settings."""
+    parts = [NETWORKS[run.settings["model"]]]
     for name, option in data.SETTINGS.items():
         value = run.settings[name]
         if name == "epochs" and len(run.log) < value:
             value = f"{len(run.log)} of {value}"
-        if name not in ("model", "seed", "feature_run", *but) and value != option["default"]:
-            words.append(f"{name.replace('_', ' ')} {value}")
-    return ", ".join(words)
-
-
-def spread(values, digits):
-    """Return "mean ± standard deviation" of the values, or a single value as it is."""
-    deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{mean(values):.{digits}f}{deviation}" if values else ""
+        if name not in ("model", "seed", "feature_run", *skip) and value != option["default"]:
+            value = f"{value:g}" if isinstance(value, float) else value
+            parts.append(LABELS.get(name, f"{name.replace('_', ' ')} {{}}").format(value))
+    return ", ".join(parts)
 
 
 if __name__ == "__main__":
