@@ -1,5 +1,6 @@
 """Measure a run: a Random Forest on its latent codes, and its quality as a generative model."""
 
+import sys
 from functools import partial
 
 import torch
@@ -10,7 +11,15 @@ from sklearn.metrics import confusion_matrix
 from sklearn.neighbors import NearestNeighbors
 
 import data
-from model import BATCH, kl_divergence, latent_means, load_model, reconstruction_bce, sample_mixture
+from model import (
+    BATCH,
+    active_dimensions,
+    kl_divergence,
+    latent_means,
+    load_model,
+    reconstruction_bce,
+    sample_mixture,
+)
 
 NEIGHBOURS = 3  # k of precision and recall, as in the paper
 
@@ -20,13 +29,11 @@ def main():
     parser.add_argument("--baselines", action="store_true", help="also try raw pixels and PCA")
     args = parser.parse_args()
     run = data.read_run(args.run)
-    latent_dim = run.settings["latent_dim"]
-    model = load_model(run, "cpu")
-    # Baselines depend on no weights, so those of an earlier classification stay.
-    path = run.path / data.CLASSIFICATION
-    baselines = data.read(path).get("baselines") if path.exists() else None
-    train_images, train_labels = data.load_split(args.data, True, run.settings["hold_out"])
-    test_images, test_labels = data.load_split(args.data, False, run.settings["hold_out"])
+    print(run)
+    latent_dim, path = run.settings["latent_dim"], run.path / data.CLASSIFICATION
+    model = load_model(run)
+    splits = data.load_splits(args.data, run.settings["hold_out"])
+    (train_images, train_labels), (test_images, test_labels) = splits
     components = min(len(train_images), 28 * 28)
     if args.baselines and latent_dim > components:
         raise data.UserError(f"--baselines: PCA has {components} components, not {latent_dim}")
@@ -40,8 +47,7 @@ def main():
     # Of the gap between train and test loss, the difference of the floors is the data's own.
     train_floor = reconstruction_bce(train_images, train_images) / len(train_images)
     metrics["train_bce_floor"] = train_floor.item()
-    # The criterion for an active unit of Burda, Grosse & Salakhutdinov (2016).
-    metrics["active_dimensions"] = (test_mu.var(dim=0) > 0.01).sum().item()
+    metrics["active_dimensions"] = active_dimensions(test_mu)
 
     predicted = fit_forest(train_mu, train_labels).predict(test_mu)
     matrix = confusion_matrix(test_labels, predicted, labels=range(len(data.CLASSES)))
@@ -52,6 +58,7 @@ def main():
         print(f"{name:11}", *(f"{count:4}" for count in counts), f"{share * 100:6.1f}% right")
     print(f"Classification accuracy: {accuracy * 100:.2f}%")
 
+    baselines = earlier_baselines(path)
     if args.baselines:
         reduced = PCA(latent_dim, random_state=42).fit(flat_train)
         features = {"pixels": (flat_train, flat_test)}
@@ -64,10 +71,20 @@ def main():
         baselines["training_images"] = compare(as_many, test_images, pca)
     for name, value in metrics.items():
         print(f"{name}: {value:.4g}")
+    if not metrics["active_dimensions"]:
+        print("Remark: no dimension of the code is active: it has collapsed.", file=sys.stderr)
 
     result = {"epoch": len(run.log), "sha256": run.sha256, "accuracy": accuracy}
     result |= {"recall": dict(zip(data.CLASSES, recall)), "confusion_matrix": matrix.tolist()}
     data.write(path, {**result, "baselines": baselines, **metrics})
+
+
+def earlier_baselines(path):
+    """Return those of a classification.json, which depend on no weights and stay, or None."""
+    try:
+        return (data.read(path, data.parse_classification) or {}).get("baselines")
+    except data.UserError:  # damaged: it is about to be replaced
+        return None
 
 
 def fit_forest(x, y, random_state=42):

@@ -3,14 +3,18 @@
 import argparse
 import contextlib
 import csv
+import errno
 import gzip
 import hashlib
 import io
 import json
 import math
 import os
+import struct
+import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 import zlib
 from pathlib import Path
@@ -18,10 +22,13 @@ from typing import NamedTuple
 
 import torch
 from torchvision.datasets import FashionMNIST
-from torchvision.datasets.utils import extract_archive
 
 CLASSES = FashionMNIST.classes
+FILES = [Path(name).stem for name, _ in FashionMNIST.resources]  # two of train, two of t10k
 DEBIAN_PACKAGE = Path("/usr/share/datasets/fashion-mnist")
+SHA256 = (
+    "ca3ab2a37f845e1b8ae23cab1b51749a3011ba3bf1d9016176d75cbaabac376f"  # of their pixels, labels
+)
 
 
 class UserError(Exception):
@@ -32,75 +39,100 @@ class UserError(Exception):
 # Fashion-MNIST
 
 
-def load_split(root, train, hold_out=0):
-    """Return the images and labels of one split of Fashion-MNIST (Xiao et al., 2017).
+def load_splits(root, hold_out=0):
+    """Return (images, labels) of the training split, and of the test split, of Fashion-MNIST.
 
     Images are [N, 1, 28, 28] float32 in [0, 1] (the grey value over 255), labels [N] int64 in
-    0 to 9; N is 60,000 for training, 10,000 for test. With `hold_out` the last so many training
-    images take the place of the test set. What `root` lacks is unpacked from .gz files placed in
-    it, from Debian's package `dataset-fashion-mnist`, or downloaded.
+    0 to 9; N is 60,000 and 10,000 (Xiao et al., 2017). With `hold_out` the last so many training
+    images take the place of the test set. Other images in the same format will do, with a remark.
     Raises UserError if the data cannot be had or is damaged, or if holding out leaves a part
     fewer than ten images.
     """
-    raw = Path(root) / "FashionMNIST" / "raw"
-    complete_raw_files(raw)
-    name = "train" if train or hold_out else "t10k"
-    try:
-        split = FashionMNIST(root, train=name == "train")
-        images, labels = split.data, split.targets
-        if images.shape != (len(labels), 28, 28) or labels.min() < 0 or labels.max() > 9:
-            raise ValueError("not as many 28×28 images as labels from 0 to 9")
-    # What torchvision raises on a damaged file depends on where the damage is.
-    except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        problem = "are damaged or not Fashion-MNIST: delete them"
-        raise UserError(f"{raw}/{name}-* {problem}") from error
+    paths = find_files(root)
+    arrays = [read_idx(path) for path in paths]
+    splits = []
+    for path, images, labels in zip(paths[::2], arrays[::2], arrays[1::2]):
+        if images.dim() != 3 or images.shape != (*labels.shape, 28, 28) or labels.max() > 9:
+            shapes = f"{list(images.shape)} and {list(labels.shape)} up to {labels.max()}"
+            wanted = "as many images of 28×28 as labels up to 9"
+            raise UserError(f"{path} and its labels are not {wanted}, but {shapes}")
+        splits.append((images.unsqueeze(1).float().div_(255), labels.long()))
+    if hashlib.sha256(b"".join(array.numpy() for array in arrays)).hexdigest() != SHA256:
+        print(f"Remark: what is in {paths[0].parent} is not Fashion-MNIST.", file=sys.stderr)
     if hold_out:
+        images, labels = splits[0]
         if not 10 <= hold_out <= len(images) - 10:
             raise UserError(f"--hold-out {hold_out}: of {len(images)} images, each part needs 10")
-        part = slice(-hold_out) if train else slice(-hold_out, None)
-        images, labels = images[part], labels[part]
-    return images.unsqueeze(1).float().div_(255), labels
+        parts = slice(-hold_out), slice(-hold_out, None)
+        splits = [(images[part], labels[part]) for part in parts]
+    return splits
 
 
-def complete_raw_files(raw):
-    """Give the folder `raw` those of the four files that it lacks, each whole or not at all."""
-    names = [Path(name).stem for name, _ in FashionMNIST.resources]
-    missing = [name for name in names if not (raw / name).exists()]
-    if not missing:
-        return
-    raw.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=raw) as staging:
-        staged = Path(staging, "FashionMNIST", "raw")  # where torchvision's download goes
-        for folder in (raw, DEBIAN_PACKAGE):
-            archives = [folder / f"{name}.gz" for name in missing]
-            if all(archive.exists() for archive in archives):
-                unpack(archives, staged)
-                break
-        else:
-            download(staging, raw)
-        for name in missing:
-            os.replace(staged / name, raw / name)
+def find_files(root):
+    """Return the paths of the data set's four files, which are downloaded if there are none.
+
+    They are those of the first place that has any: torchvision's folder in `root`, `root` itself,
+    Debian's package. UserError if that place lacks some, for two places are never mixed.
+    """
+    raw = Path(root, "FashionMNIST", "raw")
+    for place in (raw, Path(root), DEBIAN_PACKAGE):
+        paths = []
+        for name in FILES:
+            # As torchvision names it, or as Kaggle and 7-Zip do; plain or compressed.
+            names = name, name.replace("-idx", ".idx")
+            forms = [place / f"{form}{suffix}" for suffix in ("", ".gz") for form in names]
+            paths += [path for path in forms if path.is_file()][:1] or [None]
+        if all(paths):
+            return paths
+        if any(paths):
+            missing = ", ".join(name for name, path in zip(FILES, paths) if not path)
+            raise UserError(f"{place} has some files of the data set, but not {missing}")
+    download(raw)
+    return [raw / name for name in FILES]
 
 
-def unpack(archives, folder):
-    """Unpack .gz files into a new folder; UserError if one is damaged."""
-    folder.mkdir(parents=True)
-    for archive in archives:
-        try:
-            extract_archive(archive, folder)
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise UserError(f"{archive} is damaged ({error}): replace it") from error
+def download(raw):
+    """Let torchvision download and check the data set into the folder `raw`, whole or not at all.
 
-
-def download(root, raw):
-    """Let torchvision download and check the data set; UserError, naming `raw`, if it cannot."""
+    UserError, with other ways to have it, if that fails.
+    """
+    folder = Path(os.path.realpath(raw.parent))  # a link is the place to which it points
+    print(f"Downloading Fashion-MNIST to {raw} …", file=sys.stderr, flush=True)
     try:
-        FashionMNIST(root, download=True)
-    except RuntimeError as error:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as staging:
+            FashionMNIST(staging, download=True)
+            with contextlib.suppress(FileNotFoundError):
+                (folder / raw.name).rmdir()  # an empty one would be in the way on Windows
+            os.rename(Path(staging, "FashionMNIST", "raw"), folder / raw.name)
+    except Exception as error:  # a proxy or a disk can fail in almost any way
+        if all((raw / name).exists() for name in FILES):  # another script was faster
+            return
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(
-            f"no Fashion-MNIST in {raw}, nor at {', '.join(FashionMNIST.mirrors)}: apt-get install"
+            f"no Fashion-MNIST in {raw}, and the download failed ({reason}): apt-get install"
             " dataset-fashion-mnist, or put the four files (train-*, t10k-*, .gz or not) there"
         ) from error
+
+
+def read_idx(path):
+    """Return the bytes in a file of the MNIST family (IDX), plain or gzipped, as a uint8 tensor.
+
+    Raises UserError if it is damaged.
+    """
+    content = path.read_bytes()
+    try:
+        if content[:2] == b"\x1f\x8b":
+            content = gzip.decompress(content)
+        dimensions = content[3]
+        shape = struct.unpack_from(f">{dimensions}I", content, 4)
+    except (EOFError, IndexError, OSError, struct.error, zlib.error) as error:
+        raise UserError(f"{path} is damaged ({error})") from error
+    start, size = 4 + 4 * dimensions, math.prod(shape)
+    if content[:3] != b"\0\0\x08" or len(content) - start != size or size == 0:
+        found = f"{max(0, len(content) - start):,} bytes for a shape of {list(shape)}"
+        raise UserError(f"{path} is damaged or of another kind ({found})")
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)[start:].view(shape)
 
 
 # ------------------------------------------------------------------------------------------
@@ -122,16 +154,17 @@ def between(kind, low, high):
 
 LARGE = 2**31 - 1
 COUNT, WEIGHT = between(int, 0, LARGE), between(float, 0, 1e6)
-SCHEDULERS = {"choices": ("constant", "plateau", "cosine"), "default": "constant"}
+MODEL_NAMES, SCHEDULERS = ("conv", "fc", "deep"), ("constant", "plateau", "cosine")
+SCHEDULER_HELP = "torch's, on train BCE + beta KLD or to 0 at --epochs"
 # As options of train.py. A run made before a setting existed has its default.
 SETTINGS = {
-    "model": {"choices": ("conv", "fc", "deep"), "default": "conv", "help": "fc: fully connected"},
+    "model": {"choices": MODEL_NAMES, "default": "conv", "help": "fc: fully connected"},
     "latent_dim": {"type": between(int, 1, 4096), "default": 32, "help": "numbers in a code"},
     "batch_size": {"type": between(int, 1, LARGE), "default": 128, "help": "images per update"},
     "lr": {"type": between(float, 1e-12, 1e3), "default": 5e-4, "help": "learning rate of Adam"},
     "seed": {"type": COUNT, "default": 0, "help": "of all random draws"},
     "beta": {"type": WEIGHT, "default": 1.0, "help": "weight of the KLD"},
-    "lr_scheduler": {**SCHEDULERS, "help": "torch's, on train BCE + beta KLD or to 0 at --epochs"},
+    "lr_scheduler": {"choices": SCHEDULERS, "default": "constant", "help": SCHEDULER_HELP},
     "hold_out": {"type": COUNT, "default": 0, "help": "last train images, to be the test set"},
     "feature_weight": {"type": WEIGHT, "default": 0.0, "help": "of features in the loss"},
     "feature_run": {"type": str, "default": "", "help": "run whose encoder gives those features"},
@@ -147,10 +180,8 @@ LOG = "losses.csv"
 CLASSIFICATION = "classification.json"
 RUN_FILES = (STATE, CONFIG, WEIGHTS, LOG, CLASSIFICATION)
 
-ANOTHER_RUN = "choose another --run, or delete the folder"
-RESTORE = f"the train.py command of the run restores it from {STATE}; or train in another --run"
-NEEDED = {STATE: ["optimizer", "log"], CLASSIFICATION: ["epoch", "accuracy", "confusion_matrix"]}
-REMEDIES = {STATE: ANOTHER_RUN, CLASSIFICATION: "delete it, then python classify.py"}
+NETWORKS = {"conv": "ConvVAE", "fc": "Fully connected VAE", "deep": "Deep ConvVAE"}
+LABELS = {"beta": "β {}", "lr_scheduler": "{}", "epochs": "{} epochs", "hold_out": "{} held out"}
 
 
 class Run(NamedTuple):
@@ -162,28 +193,42 @@ class Run(NamedTuple):
     weights: dict | None  # a state_dict, or None where a published run comes without
     sha256: str | None  # its digest
 
+    def __str__(self):
+        epochs = f"epoch {len(self.log)} of {self.settings['epochs']}"
+        return f"{self.path}: {self.describe(skip=['epochs'])}, {epochs}"
+
+    def describe(self, skip=()):
+        """Return the network and what else, `skip` apart, differs from the report's settings."""
+        parts = [NETWORKS[self.settings["model"]]]
+        for name, option in SETTINGS.items():
+            value = self.settings[name]
+            if name == "epochs" and len(self.log) < value:
+                value = f"{len(self.log)} of {value}"
+            if name not in ("model", "seed", "feature_run", *skip) and value != option["default"]:
+                value = f"{value:g}" if isinstance(value, float) else value
+                parts.append(LABELS.get(name, f"{name.replace('_', ' ')} {{}}").format(value))
+        return ", ".join(parts)
+
 
 def read_run(path):
-    """Return the run in the folder `path`, and remark on it if it is unfinished.
+    """Return the run in the folder `path`, from state.pth, or else from its published files.
 
-    Raises UserError if there is none, or if its files are damaged or disagree.
+    Raises UserError if there is none, or if it is damaged.
     """
-    if not any((path / name).exists() for name in RUN_FILES):
-        raise UserError(f"no run in {path}: python train.py --run {path} makes one")
-    config, log = read(path / CONFIG), read(path / LOG)
-    weights = read(path / WEIGHTS) if (path / WEIGHTS).exists() else None
-    sha256 = digest(weights) if weights else None
-    if (path / STATE).exists():
-        state = read(path / STATE)
-        truth = state["config"], state["log"], digest(state["model"])
-        if (config, log, sha256 or truth[2]) != truth:
-            remedy = "unless train.py is just writing them, its command for this run restores them"
-            raise UserError(f"files in {path} differ from its {STATE}: {remedy}")
-        sha256 = truth[2]
-    settings = settings_of(config)
-    if len(log) < settings["epochs"]:
-        print(f"Remark: {path} is at epoch {len(log)} of {settings['epochs']}.", file=sys.stderr)
-    return Run(path, settings, log, weights, sha256)
+    state = read(path / STATE, parse_state)
+    if state:
+        config, log, weights = state["config"], state["log"], state["model"]
+    else:
+        config, log = read(path / CONFIG, parse_config), read(path / LOG, parse_log)
+        weights = read(path / WEIGHTS, parse_weights)
+    if not config or not log:
+        lacks = f"no run in {path} ({CONFIG} or {LOG} is missing)"
+        raise UserError(f"{lacks}: {train_command({}, path)} makes one")
+    return as_run(path, config, log, weights)
+
+
+def as_run(path, config, log, weights):
+    return Run(path, settings_of(config), log, weights, digest(weights) if weights else None)
 
 
 def read_classification(run):
@@ -191,50 +236,111 @@ def read_classification(run):
 
     Epochs are compared, and the weights' digests where there are weights and a digest.
     """
-    path, remark = run.path / CLASSIFICATION, "is missing"
-    if path.exists():
-        found = read(path)
-        sha256 = found.get("sha256", run.sha256)
-        if found["epoch"] == len(run.log) and run.sha256 in (None, sha256):
-            return found
-        remark = "is of other weights than the run has now"
-    print(f"Remark: {path} {remark}: python classify.py --run {run.path}", file=sys.stderr)
+    path = run.path / CLASSIFICATION
+    try:
+        result = read(path, parse_classification)
+        problem = "is of other weights than the run has now" if result else "is missing"
+    except UserError:
+        result, problem = None, "is damaged"
+    if result and result["epoch"] == len(run.log):
+        sha256 = result.get("sha256")
+        if sha256 is None or run.sha256 is None or sha256 == run.sha256:
+            return result
+    print(f"Remark: {path} {problem}: python classify.py --run {run.path}", file=sys.stderr)
     return None
 
 
-def read(path):
-    """Return what `write` put there, running no code in it; UserError if missing or damaged."""
-    remedy = REMEDIES.get(path.name, RESTORE)
+def train_command(settings, path):
+    """Return the command that makes a run with these settings in the folder `path`."""
+    words = ["python", "train.py", "--run", str(path)]
+    for name, option in SETTINGS.items():
+        if settings.get(name, option["default"]) != option["default"]:
+            words += [f"--{name.replace('_', '-')}", str(settings[name])]
+    return subprocess.list2cmdline(words)  # double quotes, which every shell knows
+
+
+def read(path, parse):
+    """Return what `parse` makes of the bytes at `path`, or None if there is no such file.
+
+    Raises UserError if they are damaged. What the system says, as that a network drive is away,
+    is no damage, and passes as it is.
+    """
     try:
-        if path.suffix == ".pth":
-            if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
-                raise ValueError("a checksum is wrong, at which torch.load does not look")
-            content = dict(torch.load(path, map_location="cpu", weights_only=True))
-        else:
-            text = path.read_text(encoding="utf-8")
-            content = json.loads(text) if path.suffix == ".json" else parse_log(text)
-        if path.name in (STATE, CONFIG):
-            settings_of(content["config"] if path.name == STATE else content)
-        if path.name in (STATE, WEIGHTS):
-            digest(content["model"] if path.name == STATE else content)
-        for name in NEEDED.get(path.name, ()):
-            content[name]
-        return content
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing: {remedy}") from error
-    except PermissionError:  # says itself what is wrong
-        raise
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    try:
+        return parse(content)
     except Exception as error:  # damaged bytes can raise almost anything
-        raise UserError(f"{path} is damaged ({type(error).__name__}): {remedy}") from error
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            raise UserError(f"{path}: not enough memory to read it") from error
+        raise UserError(f"{path} is damaged ({type(error).__name__})") from error
+
+
+def parse_tensors(content):
+    """Return the dict in a file of torch.save, running no code in it."""
+    file = io.BytesIO(content)
+    if zipfile.is_zipfile(file) and zipfile.ZipFile(file).testzip():
+        raise ValueError("a checksum is wrong")  # at which torch.load does not look
+    file.seek(0)
+    return dict(torch.load(file, map_location="cpu", weights_only=True))
+
+
+def parse_state(content):
+    state = parse_tensors(content)
+    settings_of(state["config"])
+    check_log(state["log"])
+    digest(state["model"])
+    dict(state["optimizer"])
+    return state
+
+
+def parse_weights(content):
+    weights = parse_tensors(content)
+    if not weights:
+        raise ValueError("empty")
+    digest(weights)
+    return weights
+
+
+def parse_config(content):
+    config = json.loads(content)
+    settings_of(config)
+    return config
+
+
+def parse_classification(content):
+    result = json.loads(content)
+    for name in ("epoch", "accuracy", "confusion_matrix"):
+        result[name]
+    return result
+
+
+def parse_log(content):
+    lines = csv.DictReader(io.StringIO(content.decode()))
+    rows = [{column: float(line[column]) for column in LOG_COLUMNS} for line in lines]
+    for row in rows:
+        row["epoch"] = int(row["epoch"])
+    check_log(rows)
+    return rows
+
+
+def check_log(rows):
+    """Raise ValueError unless there is a row of finite numbers for each epoch from 1 on."""
+    if not rows or [row["epoch"] for row in rows] != list(range(1, len(rows) + 1)):
+        raise ValueError("epochs missing or out of order")
+    if not all(math.isfinite(row[column]) for row in rows for column in LOG_COLUMNS):
+        raise ValueError("a number is not finite")
 
 
 def settings_of(config):
-    """Return the settings in a config; raises where one is impossible, or there are no epochs."""
+    """Return the settings in a config; ValueError where one is impossible."""
     settings = {name: config.get(name, option["default"]) for name, option in SETTINGS.items()}
     settings["epochs"] = config["epochs"]  # which every run has had
     for name, option in SETTINGS.items():
         value = settings[name]
-        if value not in (option.get("choices") or [option["type"](str(value))]):
+        possible = option.get("choices") or [option["type"](str(value))]
+        if value not in possible:
             raise ValueError(f"{name} cannot be {value}")
     return settings
 
@@ -248,24 +354,11 @@ def digest(weights):
     return sha.hexdigest()
 
 
-def parse_log(text):
-    """Return the rows of a loss log, one dict an epoch; an exception if it is damaged or empty."""
-    lines = csv.DictReader(io.StringIO(text))
-    rows = [{column: float(line[column]) for column in LOG_COLUMNS} for line in lines]
-    for epoch, row in enumerate(rows, start=1):
-        if row["epoch"] != epoch or not math.isfinite(sum(row.values())):
-            raise ValueError("epochs out of order, or not finite")
-        row["epoch"] = epoch
-    if not rows:
-        raise ValueError("no epoch")
-    return rows
-
-
 def write(path, content):
     """Write `content` to `path` in the format of its suffix, whole or not at all.
 
     .pth: what torch.save takes; .json: what json.dumps takes; .csv: a loss log; .png: a figure.
-    Raises UserError if it cannot be written.
+    Return the SHA-256 of the file; raise UserError if it cannot be written.
     """
     buffer = io.BytesIO()
     if path.suffix == ".pth":
@@ -277,17 +370,37 @@ def write(path, content):
             buffer.write(f"{','.join(map(str, line))}\n".encode())
     else:
         content.savefig(buffer, format="png", dpi=120, bbox_inches="tight")
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(buffer.getbuffer())
+                file.flush()
+                synchronize(file)
+            replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise UserError(f"{path} cannot be written: {error.strerror}") from error
+    return hashlib.sha256(buffer.getbuffer()).hexdigest()
+
+
+def synchronize(file):
+    """Have the disk keep a file, if its file system can: some of a network's refuse."""
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+
+
+def replace(source, target):
+    """Put a file in another's place; on Windows a scanner may hold the other for a moment."""
+    for _ in range(8):
+        with contextlib.suppress(PermissionError):
+            return os.replace(source, target)
+        time.sleep(0.2)
+    os.replace(source, target)
 
 
 # ------------------------------------------------------------------------------------------
@@ -308,17 +421,17 @@ def command_line(description):
     parser.add_argument("--run", type=Path, default="runs/convvae", help="folder of the run")
     data_help = "folder of Fashion-MNIST, which is fetched if it is not there"
     parser.add_argument("--data", type=Path, default="data/fashion-mnist", help=data_help)
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    devices = [*(name for name in there if there[name]), "cpu"]
-    auto = {"type": lambda name: devices[0] if name == "auto" else name, "default": "auto"}
-    parser.add_argument("--device", choices=devices, help="auto: the first of those", **auto)
     return parser
 
 
 def run_script(main, when_interrupted):
     """Call `main`; an expected failure ends in one line on standard error, not a traceback."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # Windows lacks μ and −
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None or stream.closed:  # as with pythonw, or after `>&-`
+            setattr(sys, name, io.StringIO())
+        elif hasattr(stream, "reconfigure"):  # not a notebook's
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # Windows lacks μ, −
     try:
         main()
     except KeyboardInterrupt:

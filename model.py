@@ -147,31 +147,39 @@ def loss_function(recon_x, x, mu, logvar):
 # Loading, and codes
 
 
-def load_model(run, device):
-    """Return the network of a run (a `data.Run`) with its weights, on `device`, for evaluation.
+def load_model(run):
+    """Return the network of a run (a `data.Run`) with its weights, on the CPU, for evaluation.
 
     Raises UserError if the run has no weights, or those of another network than its settings.
     """
-    path = run.path / data.WEIGHTS
-    if run.weights is None:
-        raise data.UserError(f"{path} is missing: {data.RESTORE}")
+    if not run.weights:
+        command = data.train_command(run.settings, "runs/anew")
+        raise data.UserError(f"{run.path} has no {data.WEIGHTS}; this makes one anew: {command}")
     model = MODELS[run.settings["model"]](run.settings["latent_dim"])
     try:
         model.load_state_dict(run.weights)
     except RuntimeError as error:
-        problem = f"is of another network than {data.CONFIG} says"
-        raise data.UserError(f"{path} {problem}: {data.RESTORE}") from error
-    return model.to(device).eval()
+        problem = f"{data.CONFIG} and {data.WEIGHTS} are of different networks"
+        raise data.UserError(f"{run.path}: {problem}") from error
+    return model.eval()
 
 
 @torch.no_grad()
 def latent_means(model, images):
-    """Return μ(x), [N, latent_dim] float32, on the CPU.
+    """Return μ(x), [N, latent_dim] float32, of images on the CPU.
 
-    It is computed there in float64, so that rounding, and the forest, are the same everywhere.
+    In float64, so that what a machine rounds differently never reaches the forest.
     """
-    model = copy.deepcopy(model).cpu().double()
+    model = copy.deepcopy(model).double()
     return torch.cat([model.encode(x.double())[0].float() for x in images.split(BATCH)])
+
+
+def active_dimensions(mu):
+    """Return in how many of its dimensions a code μ [N, latent_dim] tells images apart.
+
+    By the criterion for an active unit of Burda et al. (2016): a variance above 0.01.
+    """
+    return (mu.var(dim=0) > 0.01).sum().item()
 
 
 def sample_mixture(model, images, n):

@@ -1,12 +1,12 @@
 """Train a VAE on Fashion-MNIST with the report's settings, and keep the run in a folder.
 
-The same command goes on after an interruption, and with more --epochs after a finished run,
-but for a cosine, whose rates depend on them.
+The same command goes on after an interruption, and with more --epochs after a finished run. Only
+a cosine must have all its epochs from the start, since its rates depend on them.
 """
 
-import contextlib
+import copy
+import hashlib
 import math
-import sqlite3
 import sys
 import time
 from datetime import timedelta
@@ -18,16 +18,17 @@ import torch.nn.functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
 
 import data
-from model import MODELS, kl_divergence, load_model, reconstruction_bce
+from model import BATCH, MODELS, kl_divergence, load_model, loss_function, reconstruction_bce
 
 TEST_BATCH = 500
-# Wipes the counter within an epoch, which is shown on a terminal only.
-CLEAR = f"\r{'':40}\r" if sys.stdout.isatty() else ""
 
 
 def parse_arguments():
     """Return the command line's settings; the defaults are the report's."""
     parser = data.command_line(__doc__)
+    device_help = "auto: the first of cuda, mps and cpu that is there and computes rightly"
+    devices = ("auto", "cpu", "cuda", "mps")
+    parser.add_argument("--device", choices=devices, default="auto", help=device_help)
     for name, option in data.SETTINGS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", **option)
     args = parser.parse_args()
@@ -38,90 +39,90 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
-    run, device = args.run, args.device
     settings = {name: getattr(args, name) for name in data.SETTINGS}
-    encoder_run = data.read_run(Path(args.feature_run)) if args.feature_run else None
-    if encoder_run:
-        settings["feature_sha256"] = encoder_run.sha256  # it might be trained on in between
-    state = find_state(run, settings)  # first: a refused folder does not even get a lock file
-    features = load_features(encoder_run, args.feature_weight, device) if encoder_run else None
+    encoder, settings["feature_sha256"] = load_encoder(args.feature_run)
+    state, writer = open_run(args.run, settings)
+    log = state["log"] if state else []
+    if len(log) >= args.epochs:
+        more = "" if args.lr_scheduler == "cosine" else " To go on, give more --epochs."
+        print(f"{args.run} is finished: {len(log)} epochs.{more}")
+        return
+
+    (train_images, _), (test_images, _) = data.load_splits(args.data, args.hold_out)
+    counts = f"{len(train_images):,} training and {len(test_images):,} test images"
+    print(f"{counts} from {data.find_files(args.data)[0].parent}", flush=True)
     tune()
+    torch.manual_seed(args.seed)
+    model = MODELS[args.model](args.latent_dim)
+    if state:
+        model = load_model(data.as_run(args.run, state["config"], log, state["model"]))
+    device = choose_device(args.device, model, train_images[:BATCH])
+    model.to(device, memory_format=memory_format(device))
+    optimizer = make_optimizer(model, device, args.lr_scheduler)
+    if state:
+        load_moments(optimizer, state["optimizer"], args.run)
+    encoder = encoder and encoder.to(device)
+    step = partial(update, model, optimizer, args.beta, encoder, args.feature_weight)
+    if device == "cuda":
+        step = CapturedStep(step, args.batch_size)
+    train_images, test_images = train_images.to(device), test_images.to(device)
+    where = f"cuda ({torch.cuda.get_device_name()})" if device == "cuda" else device
+    config = {**settings, "torch": str(torch.__version__), "device": where}
+    epochs = f"epochs {len(log) + 1} to {args.epochs}"
+    print(f"{type(model).__name__} on {where}, {epochs}", flush=True)
 
-    with only_writer(run):
-        torch.manual_seed(args.seed)
-        model = MODELS[args.model](args.latent_dim).to(device, memory_format=torch.channels_last)
-        on_cuda = device == "cuda"
-        lr = args.lr
-        if on_cuda and args.lr_scheduler != "constant":
-            lr = torch.tensor(lr, device=device)  # a captured step reads it at each replay
-        optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True, capturable=on_cuda)
-        log = go_on(run, state, model, optimizer) if state else []
-        if len(log) >= args.epochs:
-            more = "" if args.lr_scheduler == "cosine" else " To go on, give more --epochs."
-            print(f"{run} is finished: {len(log)} epochs.{more}")
-            return
-        train_images = data.load_split(args.data, True, args.hold_out)[0].to(device)
-        test_images = data.load_split(args.data, False, args.hold_out)[0].to(device)
-        train_step = partial(update, model, optimizer, args.beta, features)
-        if on_cuda:
-            train_step = CapturedStep(train_step, args.batch_size)
-        where = f"cuda ({torch.cuda.get_device_name()})" if on_cuda else device
-        config = {**settings, "torch": str(torch.__version__), "device": where}
-        epochs = f"epochs {len(log) + 1} to {args.epochs}"
-        print(f"{type(model).__name__} on {where}, {epochs}", flush=True)
-
-        for epoch in range(len(log) + 1, args.epochs + 1):
-            start = time.perf_counter()
-            # An epoch has a seed of its own, so that a run goes on without a random state.
-            torch.manual_seed((args.seed * 1_000_003 + epoch) % 2**32)
-            rate = learning_rate(args, log)
-            group = optimizer.param_groups[0]
-            group["lr"] = group["lr"].fill_(rate) if torch.is_tensor(group["lr"]) else rate
-            model.train()
-            batches = torch.randperm(len(train_images), device=device).split(args.batch_size)
-            row = {"epoch": epoch, **mean_losses("train", train_step, train_images, batches)}
-            model.eval()
-            batches = torch.arange(len(test_images), device=device).split(TEST_BATCH)
-            with torch.no_grad():
-                row |= mean_losses("test", lambda x: loss_terms(model, x)[0], test_images, batches)
-            row |= {"lr": rate, "seconds": time.perf_counter() - start}
-            if not math.isfinite(row["train_loss"] + row["test_loss"]):
-                advice = "try a smaller --lr, in another --run; finished epochs are kept"
-                raise data.UserError(f"the loss is not finite in epoch {epoch}: {advice}")
-            log.append(row)
-            save(run, config, model, optimizer, log)
-            losses = f"Train loss {row['train_loss']:.2f}, Test loss {row['test_loss']:.2f}"
-            left = timedelta(seconds=round(row["seconds"] * (args.epochs - epoch)))
-            print(f"Epoch {epoch}: {losses}, {row['seconds']:.2f} s, {left} left", flush=True)
-        speed = len(train_images) * len(log) / sum(row["seconds"] for row in log)
-        print(f"Mean of the run: {speed:,.0f} training images/s, test passes included")
+    for epoch in range(len(log) + 1, args.epochs + 1):
+        start = time.perf_counter()
+        # An epoch has a seed of its own, so that a run goes on without a random state.
+        torch.manual_seed((args.seed * 1_000_003 + epoch) % 2**32)
+        rate = learning_rate(args, log)
+        set_rate(optimizer, rate)
+        model.train()
+        batches = torch.randperm(len(train_images), device=device).split(args.batch_size)
+        row = {"epoch": epoch, **run_epoch("train", step, train_images, batches)}
+        model.eval()
+        batches = torch.arange(len(test_images), device=device).split(TEST_BATCH)
+        with torch.no_grad():
+            row |= run_epoch("test", lambda x: loss_terms(model, x)[0], test_images, batches)
+        row |= {"lr": rate, "seconds": time.perf_counter() - start}
+        if not math.isfinite(row["train_loss"] + row["test_loss"]):
+            advice = "try a smaller --lr, in another --run; finished epochs are kept"
+            raise data.UserError(f"the loss is not finite in epoch {epoch}: {advice}")
+        log.append(row)
+        writer.save(config, model, optimizer, log)
+        losses = f"Train loss {row['train_loss']:.2f}, Test loss {row['test_loss']:.2f}"
+        left = timedelta(seconds=round(row["seconds"] * (args.epochs - epoch)))
+        print(f"Epoch {epoch}: {losses}, {row['seconds']:.2f} s, {left} left", flush=True)
+    speed = len(train_images) * len(log) / sum(row["seconds"] for row in log)
+    print(f"Mean of the run: {speed:,.0f} training images/s, test passes included")
 
 
-def mean_losses(split, step, images, batches):
-    """Return means of `step` over `batches` of indices into images, in nats per image, by name."""
+def run_epoch(split, step, images, batches):
+    """Call `step` on batches of indices into images; return its mean losses in nats per image."""
+    clear = f"\r{'':40}\r" if sys.stdout.isatty() else ""  # wipes the counter of a terminal
     sums, done, shown = [], 0, time.perf_counter()
     for batch in batches:
         sums.append(step(images[batch]))
         done += len(batch)
-        if CLEAR and time.perf_counter() - shown > 0.5:
+        if clear and time.perf_counter() - shown > 0.5:
             shown = time.perf_counter()
-            print(f"{CLEAR}{split}: {done:,} of {len(images):,}", end="", flush=True)
-    print(CLEAR, end="", flush=True)
+            print(f"{clear}{split}: {done:,} of {len(images):,}", end="", flush=True)
+    print(clear, end="", flush=True)
     # Read here once, not at each step: the device need not wait for this program.
     bce, kld = (torch.stack(sums).cpu().double().sum(0) / len(images)).tolist()
     return {f"{split}_loss": bce + kld, f"{split}_bce": bce, f"{split}_kld": kld}
 
 
-def update(model, optimizer, beta, features, x):
+def update(model, optimizer, beta, encoder, feature_weight, x):
     """Update the model on a batch [B, 1, 28, 28]; return its BCE and KLD as `loss_terms` does.
 
-    BCE + β·KLD is minimised, plus what `features` makes of reconstruction and image, if given.
+    BCE + β·KLD is minimised, plus the weighted distance of features if there is an encoder.
     """
     optimizer.zero_grad()
     terms, reconstruction = loss_terms(model, x)
     loss = terms[0] + beta * terms[1]
-    if features:
-        loss += features(reconstruction, x)
+    if encoder:
+        loss += feature_weight * feature_distance(encoder, reconstruction, x)
     loss.backward()
     optimizer.step()
     return terms.detach()
@@ -158,91 +159,172 @@ def learning_rate(args, log):
     return optimizer.param_groups[0]["lr"]
 
 
-def load_features(run, weight, device):
-    """Return what feature matching adds to the loss, a function of reconstruction and image.
+def load_encoder(path):
+    """Return the network of the run at `path` for feature matching, and its digest, if any.
 
-    It is `weight` times the squared distance, summed, between what the hidden layers of the
-    encoder of `run` make of the two (Hou et al., 2017, there with VGG).
+    The digest is a setting, since that run might be trained on in between.
     """
-    encoder = load_model(run, device).requires_grad_(False)
+    if not path:
+        return None, None
+    run = data.read_run(Path(path))
+    return load_model(run).requires_grad_(False), run.sha256
 
-    def distance(reconstruction, x):
-        pairs = zip(encoder.features(reconstruction), encoder.features(x))
-        return weight * sum(F.mse_loss(*pair, reduction="sum") for pair in pairs)
 
-    return distance
+def feature_distance(encoder, reconstruction, x):
+    """Return the squared distance, summed, of what the encoder's hidden layers make of the two.
+
+    This is feature matching (Hou et al., 2017, there with VGG).
+    """
+    pairs = zip(encoder.features(reconstruction), encoder.features(x))
+    return sum(F.mse_loss(*pair, reduction="sum") for pair in pairs)
 
 
 # ------------------------------------------------------------------------------------------
-# Going on
+# Resuming
 
 
-def find_state(run, settings):
-    """Return the state that a run goes on from, or None where a new one can begin.
+def open_run(path, settings):
+    """Return the state that a run goes on from, None for a new one, and what writes the run.
 
-    Raises UserError if the folder holds a run with other settings, or files of a run without
-    (or with a damaged) state.pth, such as a published one.
+    A folder is made if need be; files that show the state are written anew. Raises UserError if
+    there is a run with other settings, or files of one without (or with a damaged) state.pth.
     """
-    if not any((run / name).exists() for name in data.RUN_FILES):
-        return None
-    state = data.read(run / data.STATE)
-    there = {**state["config"], **data.settings_of(state["config"])}
+    found = data.read(path / data.STATE, lambda content: (data.parse_state(content), content))
+    state, content = found or (None, None)
+    if state:
+        check_settings(path, state["config"], settings)
+    elif any((path / name).exists() for name in data.RUN_FILES):
+        command = data.train_command(settings, "runs/anew")
+        raise data.UserError(f"{path} has no {data.STATE} to go on from; elsewhere: {command}")
+    path.mkdir(parents=True, exist_ok=True)
+    writer = Writer(path, content and hashlib.sha256(content).hexdigest())
+    if state:
+        writer.write_views(state)
+    return state, writer
+
+
+def check_settings(path, config, settings):
+    """Raise UserError, naming the first that differs, unless a run has these settings."""
+    there = {**config, **data.settings_of(config)}
     # An encoder is known by its digest, wherever it lies; a cosine's rates depend on the epochs.
     free = ["feature_run"] if settings["lr_scheduler"] == "cosine" else ["feature_run", "epochs"]
     for name, value in settings.items():
         if name not in free and there.get(name) != value:
             differs = f"{name} {there.get(name)}, not {value}"
-            raise data.UserError(f"{run} has {differs}: {data.ANOTHER_RUN}")
-    return state
+            raise data.UserError(f"{path} has {differs}: choose another --run")
 
 
-def go_on(run, state, model, optimizer):
-    """Put a run's last state into model and optimizer, write its views anew, return its log."""
-    try:
-        model.load_state_dict(state["model"])
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise data.UserError(f"{run / data.STATE} is damaged: {data.ANOTHER_RUN}") from error
-    write_views(run, state)
-    return state["log"]
+class Writer:
+    """What keeps a run in its folder: state.pth, and then the files that show what is in it.
 
-
-def save(run, config, model, optimizer, log):
-    """Write the run as it is after an epoch."""
-    weights = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
-    moments = optimizer.state_dict()["state"]
-    state = {"config": config, "model": weights, "optimizer": moments, "log": log}
-    data.write(run / data.STATE, state)
-    write_views(run, state)
-
-
-def write_views(run, state):
-    """Write the files that show what is in state.pth."""
-    data.write(run / data.CONFIG, state["config"])
-    data.write(run / data.WEIGHTS, state["model"])
-    data.write(run / data.LOG, state["log"])
-
-
-@contextlib.contextmanager
-def only_writer(run):
-    """Make the folder `run` if it is new, and keep any other train.py out of it.
-
-    SQLite's lock of a file is the same everywhere, Windows included: the system drops it when
-    the process ends, however it ends. Raises UserError if another process holds it.
+    Another train.py may have chosen the same folder, and locks fail on many file systems. So
+    before state.pth is replaced it must be the one that was last read or written here, by its
+    digest (None: there is none).
     """
-    run.mkdir(parents=True, exist_ok=True)
-    (run / "train.lock").touch()
-    with contextlib.closing(sqlite3.connect(run / "train.lock", timeout=0)) as file:
-        try:
-            file.execute("BEGIN EXCLUSIVE")
-        except sqlite3.OperationalError as error:
-            raise data.UserError(f"another train.py is at work in {run}") from error
-        yield
+
+    def __init__(self, path, sha256):
+        self.path, self.sha256, self.remarks = path, sha256, set()
+
+    def save(self, config, model, optimizer, log):
+        """Write the run as it is after an epoch; UserError if another train.py wrote there."""
+        weights = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+        moments = optimizer.state_dict()["state"]
+        state = {"config": config, "model": weights, "optimizer": moments, "log": log}
+        found = data.read(
+            self.path / data.STATE, lambda content: hashlib.sha256(content).hexdigest()
+        )
+        if found != self.sha256:
+            raise data.UserError(f"another train.py is at work in {self.path}: it goes on alone")
+        self.sha256 = data.write(self.path / data.STATE, state)
+        self.write_views(state)
+
+    def write_views(self, state):
+        """Write what shows the state; one that a spreadsheet holds, say, is worth a remark."""
+        views = {data.CONFIG: "config", data.WEIGHTS: "model", data.LOG: "log"}
+        for name, part in views.items():
+            try:
+                data.write(self.path / name, state[part])
+            except data.UserError as error:
+                if name not in self.remarks:
+                    print(f"Remark: {error}; training goes on.", file=sys.stderr)
+                self.remarks.add(name)
+
+
+def load_moments(optimizer, moments, path):
+    """Give Adam its moments back; UserError if they are not of this network.
+
+    They are laid out in memory as the weights are, for fused Adam takes all three in the order
+    in which they lie there, and a run may have begun on a device with another.
+    """
+    groups = optimizer.state_dict()["param_groups"]
+    try:
+        optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        for parameter in optimizer.param_groups[0]["params"]:
+            state = optimizer.state[parameter]
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = torch.empty_like(parameter).copy_(state[name])
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        problem = "has Adam's moments of another network"
+        raise data.UserError(f"{path / data.STATE} {problem}: choose another --run") from error
 
 
 # ------------------------------------------------------------------------------------------
-# Speed
+# Devices and speed
+
+
+def choose_device(asked, model, x):
+    """Return `asked`, or for "auto" the first of cuda, mps and cpu that is there and can be used.
+
+    A device is used only if it computes what the CPU computes: the loss of images x and each of
+    its gradients, by a copy of `model` with z = μ, within 1 % of the norm. UserError if one that
+    was asked for does not.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    for name in [name for name, is_there in there.items() if asked in (name, is_there and "auto")]:
+        try:
+            expected = loss_and_gradients(model, x, "cpu")
+            least = 1e-5 * max(gradient.norm() for gradient in expected[1:])  # 0 but for rounding
+            for value, right in zip(loss_and_gradients(model, x, name), expected, strict=True):
+                if not (value - right).norm() <= 0.01 * right.norm() + least:
+                    raise ArithmeticError("it computes other gradients than the CPU")
+            return name
+        except Exception as error:  # a driver, a card, its memory, a kernel: all fail differently
+            reason = f"{name} cannot be used: {str(error).strip().partition(chr(10))[0]}"
+            if asked != "auto":
+                raise data.UserError(f"--device {reason}; --device cpu can") from error
+            print(f"Remark: {reason}", file=sys.stderr)
+    return "cpu"
+
+
+def loss_and_gradients(model, x, device):
+    """Return the loss of images x and its gradients on `device`, without noise, as CPU tensors."""
+    model = copy.deepcopy(model).to(device, memory_format=memory_format(device)).train()
+    x = x.to(device)
+    mu, logvar = model.encode(x)
+    loss = loss_function(model.decode(mu), x, mu, logvar)
+    loss.backward()
+    return [loss.detach().cpu(), *(parameter.grad.cpu() for parameter in model.parameters())]
+
+
+def memory_format(device):
+    """Return the order of a network's values: channels last is faster, but was wrong on mps.
+
+    PyTorch's issues 107214 and 175189: silently other gradients.
+    """
+    return torch.contiguous_format if device == "mps" else torch.channels_last
+
+
+def make_optimizer(model, device, lr_scheduler):
+    """Return Adam with the report's settings but for the rate, which `set_rate` sets each epoch."""
+    # A captured step reads the rate from the device at each replay, if it changes at all.
+    on_device = device == "cuda" and lr_scheduler != "constant"
+    lr = torch.zeros((), device=device) if on_device else 0.0
+    return torch.optim.Adam(model.parameters(), lr=lr, fused=True, capturable=device == "cuda")
+
+
+def set_rate(optimizer, rate):
+    group = optimizer.param_groups[0]
+    group["lr"] = group["lr"].fill_(rate) if torch.is_tensor(group["lr"]) else rate
 
 
 class CapturedStep:

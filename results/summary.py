@@ -4,6 +4,7 @@ python results/summary.py shows results/; another folder, such as results/search
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from statistics import mean, stdev
@@ -12,9 +13,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 import data
 from classify import fit_forest
-from plots import describe
 
-PIXELS = HERE / "pixels.json"
 # The columns of each table: what is shown of a run, times what, and with how many decimals.
 LOSSES = {
     "Train loss, epoch 1": ("first_loss", 1, 1),
@@ -38,7 +37,6 @@ SAMPLES = {
     "Precision, mixture": ("precision_mixture_samples", 1, 2),
     "Recall, mixture": ("recall_mixture_samples", 1, 2),
 }
-TABLES = {"Losses": LOSSES, "Codes": CODES, "Samples": SAMPLES}
 
 
 def main():
@@ -50,19 +48,33 @@ def main():
     args = parser.parse_args()
     if args.pixels:
         measure_pixels(args.data)
-    groups = read_groups(args.folder)
-    for name, columns in TABLES.items():
-        print(f"{name}\n\n{markdown_table(groups, columns)}\n")
+    print(tables(args.folder), end="")
+
+
+def tables(folder):
+    """Return the tables of the runs in folder/*/seed*, in Markdown: losses, codes and samples."""
+    groups = read_groups(folder)
+    return "\n".join(markdown_table(groups, columns) for columns in (LOSSES, CODES, SAMPLES))
+
+
+def spreads():
+    """Return what the pages say of the losses' course, over the baseline's seeds."""
+    logs = [data.read_run(path).log for path in sorted((HERE / "latent32").iterdir())]
+    lines = []
+    for epochs, loss in ((10, "train_loss"), (10, "test_loss"), (50, "test_loss")):
+        falls = spread([log[-1 - epochs][loss] - log[-1][loss] for log in logs], 2)
+        lines.append(f"{loss} falls in the last {epochs} epochs by {falls}")
+    return "\n".join(lines)
 
 
 def measure_pixels(root):
     """Write the test accuracies of the report's forest on 784 pixels, by its random state."""
-    (train_x, train_y), (test_x, test_y) = (data.load_split(root, train) for train in (True, False))
+    (train_x, train_y), (test_x, test_y) = data.load_splits(root)
     accuracies = {}
     for state in range(10):
         forest = fit_forest(train_x.flatten(1).double(), train_y, random_state=state)
         accuracies[state] = forest.score(test_x.flatten(1).double(), test_y)
-    data.write(PIXELS, accuracies)
+    data.write(HERE / "pixels.json", accuracies)
 
 
 def read_groups(folder):
@@ -81,7 +93,7 @@ def read_groups(folder):
         last, latent_dim, held = run.log[-1], run.settings["latent_dim"], run.settings["hold_out"]
         known = {**last, **result, "first_loss": run.log[0]["train_loss"]}
         known["gap"] = last["test_loss"] - last["train_loss"]
-        groups.setdefault((describe(run, skip=("latent_dim",)), latent_dim), []).append(known)
+        groups.setdefault((run.describe(skip=("latent_dim",)), latent_dim), []).append(known)
         measured, held = result.get("baselines") or {}, f", {held} held out" if held else ""
         for name, codes, size in (("pca", "PCA", latent_dim), ("pixels", "Pixels", 28 * 28)):
             if name in measured:
@@ -91,9 +103,11 @@ def read_groups(folder):
             baselines["Training images" + held, 28 * 28] = [likeness]
     if not groups:
         raise data.UserError(f"{folder} holds no classified runs <setting>/seed<n>")
-    if folder == HERE and PIXELS.exists():
-        forests = data.read(PIXELS).values()
-        baselines["Pixels, random states 0 to 9", 28 * 28] = [{"accuracy": a} for a in forests]
+    forests = data.read(folder / "pixels.json", json.loads)
+    if forests:
+        baselines["Pixels, random states 0 to 9", 28 * 28] = [
+            {"accuracy": accuracy} for accuracy in forests.values()
+        ]
     return dict(sorted(groups.items())) | dict(sorted(baselines.items()))
 
 
@@ -112,12 +126,12 @@ def markdown_table(groups, columns):
             cells.append(spread(values, digits) + fewer)
         if any(cells):
             rows.append([codes, str(dimensions), str(len(runs)), *cells])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def spread(values, digits):
     """Return "mean ± standard deviation" of the values, or a single value as it is."""
-    deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    deviation = f"\u00a0±\u00a0{stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{mean(values):.{digits}f}{deviation}" if values else ""
 
 
