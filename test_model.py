@@ -1450,7 +1450,8 @@ def test_the_scripts_as_a_user_runs_them(tmp_path):
     run, output, pictures = tmp_path / "table" / "any" / "seed0", [], []
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfigure.facecolor: red\n")
     own = {"MPLBACKEND": "module://nowhere", "MATPLOTLIBRC": str(tmp_path / "matplotlibrc")}
-    training = ("train.py", *"--epochs 3 --model fc --batch-size 32 --lr 0.002 --beta 0".split())
+    training = ["train.py", "--epochs", 3, "--model", "fc", "--batch-size", 32]
+    training += ["--lr", 0.002, "--beta", 0]
     scripts = [training, ("plots.py",), ("classify.py",), ("plots.py",)]
     for script, *options in scripts:
         line = [sys.executable, HERE / script, *options_of(run), *map(str, options)]
