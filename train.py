@@ -5,7 +5,6 @@ a cosine must have all its epochs from the start, since its rates depend on them
 """
 
 import copy
-import hashlib
 import math
 import sys
 import time
@@ -55,7 +54,7 @@ def main():
     torch.manual_seed(args.seed)
     model = MODELS[args.model](args.latent_dim)
     if state:
-        model = load_model(data.as_run(args.run, state["config"], log, state["model"]))
+        model = load_model(data.Run(args.run, settings, log, state["model"], None))
     device = choose_device(args.device, model, train_images[:BATCH])
     model.to(device, memory_format=memory_format(device))
     optimizer = make_optimizer(model, device, args.lr_scheduler)
@@ -189,15 +188,14 @@ def open_run(path, settings):
     A folder is made if need be; files that show the state are written anew. Raises UserError if
     there is a run with other settings, or files of one without (or with a damaged) state.pth.
     """
-    found = data.read(path / data.STATE, lambda content: (data.parse_state(content), content))
-    state, content = found or (None, None)
+    state, seen = data.read(path / data.STATE, parse_state_and_digest) or (None, None)
     if state:
         check_settings(path, state["config"], settings)
     elif any((path / name).exists() for name in data.RUN_FILES):
         command = data.train_command(settings, "runs/anew")
         raise data.UserError(f"{path} has no {data.STATE} to go on from; elsewhere: {command}")
     path.mkdir(parents=True, exist_ok=True)
-    writer = Writer(path, content and hashlib.sha256(content).hexdigest())
+    writer = Writer(path, seen)
     if state:
         writer.write_views(state)
     return state, writer
@@ -214,6 +212,10 @@ def check_settings(path, config, settings):
             raise data.UserError(f"{path} has {differs}: choose another --run")
 
 
+def parse_state_and_digest(content):
+    return data.parse_state(content), data.sha256(content)
+
+
 class Writer:
     """What keeps a run in its folder: state.pth, and then the files that show what is in it.
 
@@ -222,20 +224,17 @@ class Writer:
     digest (None: there is none).
     """
 
-    def __init__(self, path, sha256):
-        self.path, self.sha256, self.remarks = path, sha256, set()
+    def __init__(self, path, seen):
+        self.path, self.seen, self.remarks = path, seen, set()
 
     def save(self, config, model, optimizer, log):
         """Write the run as it is after an epoch; UserError if another train.py wrote there."""
         weights = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
         moments = optimizer.state_dict()["state"]
         state = {"config": config, "model": weights, "optimizer": moments, "log": log}
-        found = data.read(
-            self.path / data.STATE, lambda content: hashlib.sha256(content).hexdigest()
-        )
-        if found != self.sha256:
+        if data.read(self.path / data.STATE, data.sha256) != self.seen:
             raise data.UserError(f"another train.py is at work in {self.path}: it goes on alone")
-        self.sha256 = data.write(self.path / data.STATE, state)
+        self.seen = data.write(self.path / data.STATE, state)
         self.write_views(state)
 
     def write_views(self, state):
