@@ -822,8 +822,8 @@ STAND_INS = {  # what another device makes of loss and gradients
     "no kernel": RuntimeError("no kernel image\nis available"),
     "out of memory": torch.OutOfMemoryError("CUDA out of memory"),
     "not compiled": AssertionError("not compiled with CUDA"),
-    "one gradient": lambda values: [*values[:-1], values[-1] * 1.02],
-    "a loss": lambda values: [values[0] * 1.02, *values[1:]],
+    "one gradient": lambda values: [*values[:-1], values[-1] * 1.2],
+    "a loss": lambda values: [values[0] * 1.2, *values[1:]],
     "no number": lambda values: [*values[:-1], values[-1] * math.nan],
 }
 

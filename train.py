@@ -274,17 +274,16 @@ def load_moments(optimizer, moments, path):
 def choose_device(asked, model, x):
     """Return `asked`, or for "auto" the first of cuda, mps and cpu that is there and can be used.
 
-    A device is used only if it computes what the CPU computes: the loss of images x and each of
-    its gradients, by a copy of `model` with z = μ, within 1 % of the norm. UserError if one that
-    was asked for does not.
+    A device is used only if it computes what the CPU computes: the loss of images x and its
+    gradient for each layer, by a copy of `model` with z = μ, within 10 % of the norm (rounding
+    alone makes 1.7 % in DeepConvVAE). UserError if one that was asked for does not.
     """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     for name in [name for name, is_there in there.items() if asked in (name, is_there and "auto")]:
         try:
             expected = loss_and_gradients(model, x, "cpu")
-            least = 1e-5 * max(gradient.norm() for gradient in expected[1:])  # 0 but for rounding
             for value, right in zip(loss_and_gradients(model, x, name), expected, strict=True):
-                if not (value - right).norm() <= 0.01 * right.norm() + least:
+                if not (value - right).norm() <= 0.1 * right.norm():
                     raise ArithmeticError("it computes other gradients than the CPU")
             return name
         except Exception as error:  # a driver, a card, its memory, a kernel: all fail differently
@@ -296,13 +295,18 @@ def choose_device(asked, model, x):
 
 
 def loss_and_gradients(model, x, device):
-    """Return the loss of images x and its gradients on `device`, without noise, as CPU tensors."""
+    """Return the loss of images x and its gradient for each layer, without noise, on the CPU.
+
+    Of a layer's parameters together, for those of a bias before BatchNorm are 0 but for rounding.
+    """
     model = copy.deepcopy(model).to(device, memory_format=memory_format(device)).train()
     x = x.to(device)
     mu, logvar = model.encode(x)
     loss = loss_function(model.decode(mu), x, mu, logvar)
     loss.backward()
-    return [loss.detach().cpu(), *(parameter.grad.cpu() for parameter in model.parameters())]
+    layers = [list(module.parameters(recurse=False)) for module in model.modules()]
+    gradients = [torch.cat([p.grad.flatten() for p in layer]).cpu() for layer in layers if layer]
+    return [loss.detach().cpu(), *gradients]
 
 
 def memory_format(device):

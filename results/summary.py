@@ -1,4 +1,4 @@
-"""Print tables of the runs in a folder: their losses, codes and samples.
+"""Print tables of the runs in a folder: losses, codes, samples. Draw the figures that compare them.
 
 python results/summary.py shows results/; another folder, such as results/search, can be named.
 """
@@ -11,8 +11,14 @@ from statistics import mean, stdev
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
+import matplotlib.style
+import torch
+from matplotlib.figure import Figure
+
 import data
+import plots  # before matplotlib, for a notebook's settings
 from classify import fit_forest
+from model import load_model, sample_mixture
 
 # The columns of each table: what is shown of a run, times what, and with how many decimals.
 LOSSES = {
@@ -45,9 +51,12 @@ def main():
     parser.add_argument("--data", type=Path, default=HERE.parent / "data" / "fashion-mnist")
     pixels_help = "measure ten forests on the raw pixels first, in some ten minutes"
     parser.add_argument("--pixels", action="store_true", help=pixels_help)
+    parser.add_argument("--figures", action="store_true", help="draw those of results/ first")
     args = parser.parse_args()
     if args.pixels:
         measure_pixels(args.data)
+    if args.figures:
+        draw_figures(args.data)
     print(tables(args.folder), end="")
 
 
@@ -85,16 +94,13 @@ def read_groups(folder):
     Raises UserError if there is no run.
     """
     groups, baselines = {}, {}
-    for path in sorted(folder.glob(f"*/seed*/{data.CONFIG}")):
-        run = data.read_run(path.parent)
-        result = data.read_classification(run)
-        if result is None:
+    for path in sorted(folder.glob("*/seed*")):
+        run, known = read_known(path)
+        if not known:
             continue
-        last, latent_dim, held = run.log[-1], run.settings["latent_dim"], run.settings["hold_out"]
-        known = {**last, **result, "first_loss": run.log[0]["train_loss"]}
-        known["gap"] = last["test_loss"] - last["train_loss"]
+        latent_dim, held = run.settings["latent_dim"], run.settings["hold_out"]
         groups.setdefault((run.describe(skip=("latent_dim",)), latent_dim), []).append(known)
-        measured, held = result.get("baselines") or {}, f", {held} held out" if held else ""
+        measured, held = known.get("baselines") or {}, f", {held} held out" if held else ""
         for name, codes, size in (("pca", "PCA", latent_dim), ("pixels", "Pixels", 28 * 28)):
             if name in measured:
                 baselines[codes + held, size] = [{"accuracy": measured[name]}]
@@ -109,6 +115,14 @@ def read_groups(folder):
             {"accuracy": accuracy} for accuracy in forests.values()
         ]
     return dict(sorted(groups.items())) | dict(sorted(baselines.items()))
+
+
+def read_known(path):
+    """Return a run and what is known of it by name, None without a classification."""
+    run = data.read_run(path)
+    result, last = data.read_classification(run), run.log[-1]
+    gap, first_loss = last["test_loss"] - last["train_loss"], run.log[0]["train_loss"]
+    return run, result and {**last, **result, "gap": gap, "first_loss": first_loss}
 
 
 def markdown_table(groups, columns):
@@ -133,6 +147,184 @@ def spread(values, digits):
     """Return "mean ± standard deviation" of the values, or a single value as it is."""
     deviation = f"\u00a0±\u00a0{stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{mean(values):.{digits}f}{deviation}" if values else ""
+
+
+# ------------------------------------------------------------------------------------------
+# Figures
+
+REPORT_MATRIX = """
+841   1   1   2   2   4   1   2   1   3
+  1 927   0   5   0   1   3   2   5   2
+  5   1 794   7   6   4   8   8  19   3
+  5  10   9 843   6  16   5   4  18   6
+  2   3   1   3 838   4   4   5  18   4
+  8   1   1  16   2 684  11  33  10  22
+  7   3   7   1   7   4 850   1   5   2
+  0   3   4   2   4  19   0 893   2   2
+  1  13   6  11  17  11   5   5 812  20
+  4   5   0   3   0  19   1   3   9 913
+"""
+PROPOSALS = {"baseline": "latent32", "deep": "deep", "deep, cosine": "deep-cosine"}
+PROPOSALS |= {"200 epochs": "epochs200", "feature matching": "feature", "cosine": "cosine"}
+PROPOSALS |= {"64 numbers": "latent64", "128 numbers": "latent128"}
+FORESTS = {"fully connected, 32": "fc-latent32", "ConvVAE, 16": "latent16"}
+FORESTS |= {"ConvVAE, 32": "latent32", "β = 0.1, 32": "beta0.1"}
+FORESTS |= {"search's choice, 32": "best32", "search's choice, 64": "best64"}
+
+
+@torch.no_grad()
+@matplotlib.style.context("default")
+def draw_figures(root):
+    """Write the figures that compare runs beside them."""
+    (train_images, _), (images, labels) = data.load_splits(root)
+    names = ("fc-latent32", "latent32", "beta0.1", "latent2")
+    models = {name: load_model(data.read_run(HERE / name / "seed0")) for name in names}
+    figures = {"reconstructions": draw_reconstructions(models, images, labels)}
+    figures |= {
+        "samples": draw_samples(models, train_images),
+        "plane": draw_plane(models["latent2"]),
+    }
+    figures |= {"matrices": draw_matrices(), "losses": draw_losses(), "beta": draw_beta()}
+    figures |= {"proposals": draw_proposals(), "accuracy": draw_accuracy()}
+    for name, figure in figures.items():
+        data.write(HERE / f"{name}.png", figure)
+
+
+def seeds(name):
+    """Return what is known of each seed of a setting."""
+    return [read_known(path)[1] for path in sorted((HERE / name).iterdir())]
+
+
+def draw_reconstructions(models, images, labels):
+    """Return the first test image of each class, and three networks' reconstructions."""
+    rows = [images[[(labels == k).nonzero()[0].item() for k in range(10)]]]
+    names = ["original"]
+    titles = {"fc-latent32": "fully connected", "latent32": "ConvVAE", "beta0.1": "β = 0.1"}
+    for name, title in titles.items():
+        torch.manual_seed(0)
+        rows.append(models[name](rows[0])[0])
+        names.append(f"{title} {seeds(name)[0]['mse']:.4f}")
+    return plots.draw_grid(rows, names, data.CLASSES)
+
+
+def draw_samples(models, train_images):
+    """Return ten samples from N(0, I) and from a mixture, for two weights of the KLD."""
+    rows, names = [], []
+    for name, beta in (("latent32", "β\u00a0=\u00a01"), ("beta0.1", "β\u00a0=\u00a00.1")):
+        torch.manual_seed(0)
+        codes = torch.randn(10, 32), sample_mixture(models[name], train_images, 10)
+        rows += [models[name].decode(z) for z in codes]
+        for source, measure in (("N(0,\u00a0I)", "samples"), ("mixture", "mixture_samples")):
+            names.append(f"{beta} {source} {seeds(name)[0][f'frechet_{measure}']:.2f}")
+    return plots.draw_grid(rows, names)
+
+
+def draw_plane(model):
+    """Return what codes of two numbers decode to, at quantiles of N(0, 1) from 5 to 95 %."""
+    pictures = model.decode(plots.sample_codes(model, 2, None)[0]).view(10, 10, 28, 28)
+    figure = Figure(figsize=(4, 4))
+    axis = figure.add_axes((0, 0, 1, 1))
+    axis.imshow(pictures.transpose(1, 2).reshape(280, 280), cmap="gray", vmin=0, vmax=1)
+    axis.set_axis_off()
+    return figure
+
+
+def draw_matrices():
+    """Return the report's confusion matrix and a real one, each row in per cent of its sum."""
+    report = [[*map(int, line.split())] for line in REPORT_MATRIX.strip().split("\n")]
+    here = seeds("latent16")[0]["confusion_matrix"]
+    figure = Figure(figsize=(8.8, 4.6), layout="constrained")
+    titles = ("The report's", "Here, 16 numbers")
+    for axis, title, matrix in zip(figure.subplots(1, 2, sharey=True), titles, (report, here)):
+        shares = [[100 * count / sum(row) for count in row] for row in matrix]
+        axis.imshow(shares, cmap="Blues", vmin=0, vmax=100)
+        for y, row in enumerate(shares):
+            for x, share in enumerate(row):
+                color = "white" if share > 50 else "black"
+                label = f"{share:.0f}" if share >= 1.5 else ""
+                axis.text(x, y, label, ha="center", va="center", color=color)
+        axis.set_xticks(range(10), data.CLASSES, rotation=90)
+        axis.set_yticks(range(10), data.CLASSES)
+        axis.set_title(f"{title}: {sum(map(sum, matrix)):,} images")
+    return figure
+
+
+def draw_losses():
+    """Return the losses of the baseline's seeds from the second epoch on."""
+    figure = Figure(figsize=(8.8, 3.4), layout="constrained")
+    axis = figure.subplots()
+    for path in sorted((HERE / "latent32").iterdir()):
+        log = data.read_run(path).log[1:]
+        for split, color in (("train", "tab:blue"), ("test", "tab:orange")):
+            losses = [row[f"{split}_loss"] for row in log]
+            axis.plot([row["epoch"] for row in log], losses, color=color, linewidth=0.8)
+    axis.axhline(236, color="0.4", linestyle="--")
+    for text, height, color in (("test", 240.5, "tab:orange"), ("train", 233, "tab:blue")):
+        axis.text(30, height, text, color=color, fontsize=13)
+    axis.text(2, 234, "the report: 236", color="0.4", fontsize=13)
+    axis.set(xlabel="epoch", ylabel="nats per image", ylim=(232, 262))
+    return figure
+
+
+def draw_beta():
+    """Return what the weight of the KLD does to the loss's two terms and to the codes."""
+    names = {0.1: "beta0.1", 0.5: "beta0.5", 1: "latent32", 2: "beta2", 4: "beta4"}
+    runs = [seeds(name) for name in names.values()]
+    measures = ("excess_bce", "kld", "accuracy", "active_dimensions")
+    bce, kld, accuracy, active = ([mean(r[name] for r in row) for row in runs] for name in measures)
+    figure = Figure(figsize=(8.8, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot(bce, kld, "o-", color="tab:blue")
+    for beta, *point in zip(names, bce, kld):
+        left.annotate(f"β = {beta}", point, (8, 4), textcoords="offset points", fontsize=12)
+    left.set(xlabel="BCE above its floor, nats", ylabel="KLD, nats", xlim=(14, 56), ylim=(0, 65))
+    right.semilogx([*names], [100 * share for share in accuracy], "o-", color="tab:blue")
+    right.set_ylabel("accuracy, %", color="tab:blue")
+    right.set_xticks([*names], [*names])
+    right.set_xlabel("β")
+    other = right.twinx()
+    other.plot([*names], active, "s--", color="tab:orange")
+    other.set_ylabel("active dimensions of 32", color="tab:orange")
+    return figure
+
+
+def draw_proposals():
+    """Return four measures of each proposal, a dot a seed, over the range of the baseline."""
+    measures = {"Test loss": LOSSES["Test loss"], **CODES}
+    del measures["Active dimensions"]
+    rows = {title: seeds(name) for title, name in PROPOSALS.items()}
+    rows["baseline"] += seeds("plateau")  # which never lowered the rate: the baseline on a CPU
+    figure = Figure(figsize=(8.8, 3.4), layout="constrained")
+    axes = figure.subplots(1, len(measures), sharey=True)
+    for axis, (title, (name, factor, _)) in zip(axes, measures.items()):
+        values = [[factor * run[name] for run in runs] for runs in rows.values()]
+        axis.axvspan(min(values[0]), max(values[0]), color="0.87")
+        dots(axis, rows, values)
+        axis.set_title(title)
+    return figure
+
+
+def draw_accuracy():
+    """Return the forest's test accuracy on each kind of code, a dot a seed or random state."""
+    rows = {title: [run["accuracy"] for run in seeds(name)] for title, name in FORESTS.items()}
+    rows = {"PCA, 32": [seeds("latent32")[0]["baselines"]["pca"]], **rows}
+    rows["784 pixels"] = data.read(HERE / "pixels.json", json.loads).values()
+    figure = Figure(figsize=(8.8, 3.4), layout="constrained")
+    axis = figure.subplots()
+    axis.axvline(84.01, color="0.4", linestyle="--")
+    axis.text(84.05, 6.6, "the report,\n16 numbers", color="0.4", fontsize=12)
+    dots(axis, rows, [[100 * accuracy for accuracy in row] for row in rows.values()])
+    axis.set_xlabel("accuracy, %")
+    return figure
+
+
+def dots(axis, names, values):
+    """Draw a row of dots for each name."""
+    for y, row in enumerate(values):
+        axis.plot(row, [y] * len(row), "o", color="tab:blue", alpha=0.6)
+    axis.set_yticks(range(len(values)), names, fontsize=12)
+    axis.set_ylim(len(values) - 0.4, -0.6)
+    axis.grid(axis="x", alpha=0.3)
 
 
 if __name__ == "__main__":
