@@ -150,9 +150,7 @@ def spread(values, digits):
 
 
 # ------------------------------------------------------------------------------------------
-# Figures
-#
-# With a font so large that they can be read at half the width of a page.
+# Figures, in a font that can be read at half the width of a page
 
 REPORT_MATRIX = """
 841   1   1   2   2   4   1   2   1   3
@@ -167,7 +165,7 @@ REPORT_MATRIX = """
   4   5   0   3   0  19   1   3   9 913
 """
 PROPOSALS = {"baseline": "latent32", "deep": "deep", "deep, cosine": "deep-cosine"}
-PROPOSALS |= {"200 epochs": "epochs200", "feature match.": "feature", "cosine": "cosine"}
+PROPOSALS |= {"200 epochs": "epochs200", "feature matching": "feature", "cosine": "cosine"}
 PROPOSALS |= {"64 numbers": "latent64", "128 numbers": "latent128"}
 FORESTS = {"fully connected, 32": "fc-latent32", "ConvVAE, 16": "latent16"}
 FORESTS |= {"ConvVAE, 32": "latent32", "β = 0.1, 32": "beta0.1"}
@@ -234,7 +232,7 @@ def enlarge(grid):
     """Return a grid of images with its labels upright and larger."""
     for axis in grid.axes:
         axis.yaxis.label.set(rotation=0, ha="right", va="center", fontsize=16)
-        axis.title.set_fontsize(16)
+        axis.title.set_fontsize(15)
     return grid
 
 
@@ -251,7 +249,8 @@ def draw_plane(model):
 def draw_matrices():
     """Return the report's confusion matrix and a real one, each row in per cent of its sum."""
     report = [[*map(int, line.split())] for line in REPORT_MATRIX.strip().split("\n")]
-    matrices = {"The report's": report, "Here": seeds("latent16")[0]["confusion_matrix"]}
+    here = seeds("latent16")[0]["confusion_matrix"]
+    matrices = {"The report's": report, "Here, from 16 numbers": here}
     figure = Figure(figsize=(8.8, 5), layout="constrained")
     for axis, (title, matrix) in zip(figure.subplots(1, 2, sharey=True), matrices.items()):
         matrix = torch.tensor(matrix)
@@ -263,7 +262,9 @@ def draw_matrices():
         axis.set_xticks(range(10), data.CLASSES, rotation=90)
         axis.set_yticks(range(10), data.CLASSES)
         right = 100 * matrix.trace() / matrix.sum()
-        axis.set_title(f"{title}: {matrix.sum():,} images,\n{right:.1f} % on the diagonal")
+        axis.set_title(f"{title}:\n{right:.1f} % of {matrix.sum():,} right")
+        axis.set_xlabel("predicted")
+    figure.axes[0].set_ylabel("true")
     return figure
 
 
@@ -277,12 +278,9 @@ def draw_losses():
             losses = [row[f"{split}_loss"] for row in log]
             axis.plot([row["epoch"] for row in log], losses, color=color, linewidth=0.8)
     axis.axhline(236, color="0.4", linestyle="--")
-    for text, x, y, color in (
-        ("test", 32, 240, "tab:orange"),
-        ("train", 32, 233, "tab:blue"),
-        ("the report: 236", 1, 233.8, "0.4"),
-    ):
-        axis.text(x, y, text, color=color, fontsize=16)
+    axis.text(32, 240, "test", color="tab:orange", fontsize=16)
+    axis.text(32, 233, "train", color="tab:blue", fontsize=16)
+    axis.text(1, 233.8, "the report: 236", color="0.4", fontsize=16)
     axis.set(xlabel="epoch", ylabel="loss, nats per image", ylim=(232, 262))
     return figure
 
@@ -295,25 +293,26 @@ def draw_beta():
     bce, kld, accuracy, active = ([mean(r[name] for r in row) for row in runs] for name in measures)
     figure = Figure(figsize=(8.8, 4.4), layout="constrained")
     axes = figure.subplot_mosaic([["terms", "accuracy"], ["terms", "active"]])
-    axes["terms"].plot(bce, kld, "o-", color="tab:blue")
+    axes["terms"].plot(bce, kld, "o-")
     for beta, *point in zip(names, bce, kld):
         axes["terms"].annotate(f"β = {beta}", point, (8, 5), textcoords="offset points")
-    axes["terms"].set(xlabel="BCE above its floor, nats", xlim=(0, 62))
-    axes["terms"].set(ylabel="KLD, nats", ylim=(0, 65))
+    limits = {"xlim": (0, 62), "ylim": (0, 65)}
+    axes["terms"].set(xlabel="BCE above its floor, nats", ylabel="KLD, nats", **limits)
     axes["accuracy"].semilogx([*names], [100 * share for share in accuracy], "o-")
-    axes["accuracy"].set(ylabel="accuracy, %", ylim=(84, 88.5))
+    axes["accuracy"].set(title="accuracy, %", ylim=(84, 88.5))
     axes["active"].semilogx([*names], active, "o-")
-    axes["active"].set(xlabel="β", ylabel="active of 32", ylim=(0, 35))
+    axes["active"].set(title="active dimensions, of 32", ylim=(0, 36), xlabel="β")
     for axis in (axes["accuracy"], axes["active"]):
         axis.minorticks_off()
         axis.set_xticks([*names], [*names])
+        axis.grid(alpha=0.3)
     return figure
 
 
 def draw_proposals():
     """Return four measures of each proposal, a dot a seed, over the range of the baseline."""
     measures = {"Test loss ↓": LOSSES["Test loss"], "MSE × 1000 ↓": CODES["MSE × 1000"]}
-    measures |= {"Sharpness ↑": CODES["Sharpness"], "Accuracy, % ↑": CODES["Accuracy, %"]}
+    measures |= {"Sharpness ↑": CODES["Sharpness"], "Accuracy ↑": CODES["Accuracy, %"]}
     rows = {title: seeds(name) for title, name in PROPOSALS.items()}
     rows["baseline"] += seeds("plateau")  # which never lowered the rate: the baseline on a CPU
     figure = Figure(figsize=(8.8, 4), layout="constrained")
@@ -322,7 +321,9 @@ def draw_proposals():
         values = [[factor * run[name] for run in runs] for runs in rows.values()]
         axis.axvspan(min(values[0]), max(values[0]), color="0.87")
         draw_dots(axis, rows, values)
-        axis.set_title(title)
+        axis.set_title(title, fontsize=14)
+        axis.locator_params(axis="x", nbins=3)
+        axis.tick_params(axis="y", length=0)
     return figure
 
 
