@@ -301,7 +301,7 @@ def draw_beta():
     axes["accuracy"].semilogx([*names], [100 * share for share in accuracy], "o-")
     axes["accuracy"].set(title="accuracy, %", ylim=(84, 88.5))
     axes["active"].semilogx([*names], active, "o-")
-    axes["active"].set(title="active dimensions, of 32", ylim=(0, 36), xlabel="β")
+    axes["active"].set(title="active dimensions, of 32", yticks=(0, 16, 32), xlabel="β")
     for axis in (axes["accuracy"], axes["active"]):
         axis.minorticks_off()
         axis.set_xticks([*names], [*names])
@@ -323,6 +323,7 @@ def draw_proposals():
         draw_dots(axis, rows, values)
         axis.set_title(title, fontsize=14)
         axis.locator_params(axis="x", nbins=3)
+        axis.margins(x=0.15)
         axis.tick_params(axis="y", length=0)
     return figure
 
