@@ -119,7 +119,7 @@ def read_idx(path):
 
     Raises UserError if it is damaged.
     """
-    content = path.read_bytes()
+    content = read_bytes(path)
     try:
         if content[:2] == b"\x1f\x8b":
             content = gzip.decompress(content)
@@ -254,6 +254,15 @@ def train_command(settings, path):
     return subprocess.list2cmdline(words)  # double quotes, which every shell knows
 
 
+def read_bytes(path):
+    """Return the bytes at `path`; what the system says if that fails names it."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        error.filename = str(path)
+        raise
+
+
 def read(path, parse):
     """Return what `parse` makes of the bytes at `path`, or None if there is no such file.
 
@@ -261,7 +270,7 @@ def read(path, parse):
     is no damage, and passes as it is.
     """
     try:
-        content = path.read_bytes()
+        content = read_bytes(path)
     except FileNotFoundError:
         return None
     try:

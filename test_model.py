@@ -622,7 +622,7 @@ def test_what_fails_for_a_passing_reason_is_no_damage(script, error, run, monkey
     place = (Path, "read_bytes") if isinstance(error, OSError) else (torch, "load")
     monkeypatch.setattr(*place, fails)
     message = fail(script, run, **({"epochs": 3} if script == "train.py" else {}))
-    assert re.search("stale|too many|memory", message)
+    assert re.search("stale|too many|memory", message) and str(run / data.STATE) in message
     assert "damaged" not in message and "delete" not in message
     monkeypatch.undo()
     succeed("train.py", run, epochs=2)
