@@ -201,12 +201,8 @@ def seeds(name):
 def draw_hero(models, images, labels):
     """Return the first test image of each class, and three networks' reconstructions."""
     rows = [images[[(labels == k).nonzero()[0].item() for k in range(10)]]]
-    names = ["original (MSE\u00a0×\u00a01000)"]
-    titles = {
-        "fc-latent32": "fully connected",
-        "latent32": "ConvVAE",
-        "beta0.1": "β\u00a0=\u00a00.1",
-    }
+    names = ["original (MSE × 1000)"]
+    titles = {"fc-latent32": "fully connected", "latent32": "ConvVAE", "beta0.1": "β = 0.1"}
     for name, title in titles.items():
         torch.manual_seed(0)
         rows.append(models[name](rows[0])[0])
@@ -218,13 +214,13 @@ def draw_hero(models, images, labels):
 def draw_samples(models, train_images):
     """Return ten samples from N(0, I) and from a mixture, for two weights of the KLD."""
     rows, names = [], []
-    for name, beta in (("latent32", "β\u00a0=\u00a01"), ("beta0.1", "β\u00a0=\u00a00.1")):
+    for name, beta in (("latent32", "β = 1"), ("beta0.1", "β = 0.1")):
         torch.manual_seed(0)
         codes = torch.randn(10, 32), sample_mixture(models[name], train_images, 10)
         rows += [models[name].decode(z) for z in codes]
         for source, measure in (("N(0,\u00a0I)", "samples"), ("mixture", "mixture_samples")):
             frechet = seeds(name)[0][f"frechet_{measure}"]
-            names.append(f"{beta}, {source}, Fréchet\u00a0{frechet:.2f}")
+            names.append(f"{beta}, {source}, Fréchet {frechet:.2f}")
     return enlarge(plots.draw_grid(rows, names))
 
 
