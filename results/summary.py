@@ -150,7 +150,7 @@ def spread(values, digits):
 
 
 # ------------------------------------------------------------------------------------------
-# Figures
+# Figures, in a font that can be read at half the width of a page
 
 REPORT_MATRIX = """
 841   1   1   2   2   4   1   2   1   3
@@ -173,19 +173,22 @@ FORESTS |= {"search's choice, 32": "best32", "search's choice, 64": "best64"}
 
 
 @torch.no_grad()
-@matplotlib.style.context("default")
+@matplotlib.style.context(["default", {"font.size": 14, "axes.titlesize": 15}])
 def draw_figures(root):
     """Write the figures that compare runs beside them."""
     (train_images, _), (images, labels) = data.load_splits(root)
     names = ("fc-latent32", "latent32", "beta0.1", "latent2")
     models = {name: load_model(data.read_run(HERE / name / "seed0")) for name in names}
-    figures = {"reconstructions": draw_reconstructions(models, images, labels)}
-    figures |= {
+    figures = {
+        "hero": draw_hero(models, images, labels),
         "samples": draw_samples(models, train_images),
         "plane": draw_plane(models["latent2"]),
+        "matrices": draw_matrices(),
+        "losses": draw_losses(),
+        "beta": draw_beta(),
+        "proposals": draw_proposals(),
+        "accuracy": draw_accuracy(),
     }
-    figures |= {"matrices": draw_matrices(), "losses": draw_losses(), "beta": draw_beta()}
-    figures |= {"proposals": draw_proposals(), "accuracy": draw_accuracy()}
     for name, figure in figures.items():
         data.write(HERE / f"{name}.png", figure)
 
@@ -195,28 +198,38 @@ def seeds(name):
     return [read_known(path)[1] for path in sorted((HERE / name).iterdir())]
 
 
-def draw_reconstructions(models, images, labels):
+def draw_hero(models, images, labels):
     """Return the first test image of each class, and three networks' reconstructions."""
     rows = [images[[(labels == k).nonzero()[0].item() for k in range(10)]]]
-    names = ["original"]
+    names = ["original (MSE × 1000)"]
     titles = {"fc-latent32": "fully connected", "latent32": "ConvVAE", "beta0.1": "β = 0.1"}
     for name, title in titles.items():
         torch.manual_seed(0)
         rows.append(models[name](rows[0])[0])
-        names.append(f"{title} {seeds(name)[0]['mse']:.4f}")
-    return plots.draw_grid(rows, names, data.CLASSES)
+        names.append(f"{title} ({1000 * seeds(name)[0]['mse']:.1f})")
+    classes = [name.replace("/", "/\n").replace(" ", "\n") for name in data.CLASSES]
+    return enlarge(plots.draw_grid(rows, names, classes))
 
 
 def draw_samples(models, train_images):
     """Return ten samples from N(0, I) and from a mixture, for two weights of the KLD."""
     rows, names = [], []
-    for name, beta in (("latent32", "β\u00a0=\u00a01"), ("beta0.1", "β\u00a0=\u00a00.1")):
+    for name, beta in (("latent32", "β = 1"), ("beta0.1", "β = 0.1")):
         torch.manual_seed(0)
         codes = torch.randn(10, 32), sample_mixture(models[name], train_images, 10)
         rows += [models[name].decode(z) for z in codes]
         for source, measure in (("N(0,\u00a0I)", "samples"), ("mixture", "mixture_samples")):
-            names.append(f"{beta} {source} {seeds(name)[0][f'frechet_{measure}']:.2f}")
-    return plots.draw_grid(rows, names)
+            frechet = seeds(name)[0][f"frechet_{measure}"]
+            names.append(f"{beta}, {source}, Fréchet {frechet:.2f}")
+    return enlarge(plots.draw_grid(rows, names))
+
+
+def enlarge(grid):
+    """Return a grid of images with its labels upright and larger."""
+    for axis in grid.axes:
+        axis.yaxis.label.set(rotation=0, ha="right", va="center", fontsize=16)
+        axis.title.set_fontsize(15)
+    return grid
 
 
 def draw_plane(model):
@@ -233,25 +246,27 @@ def draw_matrices():
     """Return the report's confusion matrix and a real one, each row in per cent of its sum."""
     report = [[*map(int, line.split())] for line in REPORT_MATRIX.strip().split("\n")]
     here = seeds("latent16")[0]["confusion_matrix"]
-    figure = Figure(figsize=(8.8, 4.6), layout="constrained")
-    titles = ("The report's", "Here, 16 numbers")
-    for axis, title, matrix in zip(figure.subplots(1, 2, sharey=True), titles, (report, here)):
-        shares = [[100 * count / sum(row) for count in row] for row in matrix]
-        axis.imshow(shares, cmap="Blues", vmin=0, vmax=100)
-        for y, row in enumerate(shares):
-            for x, share in enumerate(row):
-                color = "white" if share > 50 else "black"
-                label = f"{share:.0f}" if share >= 1.5 else ""
-                axis.text(x, y, label, ha="center", va="center", color=color)
+    matrices = {"The report's": report, "Here, from 16 numbers": here}
+    figure = Figure(figsize=(8.8, 5), layout="constrained")
+    for axis, (title, matrix) in zip(figure.subplots(1, 2, sharey=True), matrices.items()):
+        matrix = torch.tensor(matrix)
+        shares = 100 * matrix / matrix.sum(1, keepdim=True)
+        axis.imshow(shares.sqrt(), cmap="Blues", vmin=0, vmax=10)  # the root, to tell small ones
+        for y, x in (shares >= 1.5).nonzero().tolist():
+            color = "white" if shares[y, x] > 40 else "black"
+            axis.text(x, y, f"{shares[y, x]:.0f}", ha="center", va="center", color=color)
         axis.set_xticks(range(10), data.CLASSES, rotation=90)
         axis.set_yticks(range(10), data.CLASSES)
-        axis.set_title(f"{title}: {sum(map(sum, matrix)):,} images")
+        right = 100 * matrix.trace() / matrix.sum()
+        axis.set_title(f"{title}:\n{right:.1f} % of {matrix.sum():,} right")
+        axis.set_xlabel("predicted")
+    figure.axes[0].set_ylabel("true")
     return figure
 
 
 def draw_losses():
     """Return the losses of the baseline's seeds from the second epoch on."""
-    figure = Figure(figsize=(8.8, 3.4), layout="constrained")
+    figure = Figure(figsize=(8.8, 4), layout="constrained")
     axis = figure.subplots()
     for path in sorted((HERE / "latent32").iterdir()):
         log = data.read_run(path).log[1:]
@@ -259,10 +274,10 @@ def draw_losses():
             losses = [row[f"{split}_loss"] for row in log]
             axis.plot([row["epoch"] for row in log], losses, color=color, linewidth=0.8)
     axis.axhline(236, color="0.4", linestyle="--")
-    for text, height, color in (("test", 240.5, "tab:orange"), ("train", 233, "tab:blue")):
-        axis.text(30, height, text, color=color, fontsize=13)
-    axis.text(2, 234, "the report: 236", color="0.4", fontsize=13)
-    axis.set(xlabel="epoch", ylabel="nats per image", ylim=(232, 262))
+    axis.text(32, 240, "test", color="tab:orange", fontsize=16)
+    axis.text(32, 233, "train", color="tab:blue", fontsize=16)
+    axis.text(1, 233.8, "the report: 236", color="0.4", fontsize=16)
+    axis.set(xlabel="epoch", ylabel="loss, nats per image", ylim=(232, 262))
     return figure
 
 
@@ -272,58 +287,63 @@ def draw_beta():
     runs = [seeds(name) for name in names.values()]
     measures = ("excess_bce", "kld", "accuracy", "active_dimensions")
     bce, kld, accuracy, active = ([mean(r[name] for r in row) for row in runs] for name in measures)
-    figure = Figure(figsize=(8.8, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.plot(bce, kld, "o-", color="tab:blue")
+    figure = Figure(figsize=(8.8, 4.4), layout="constrained")
+    axes = figure.subplot_mosaic([["terms", "accuracy"], ["terms", "active"]])
+    axes["terms"].plot(bce, kld, "o-")
     for beta, *point in zip(names, bce, kld):
-        left.annotate(f"β = {beta}", point, (8, 4), textcoords="offset points", fontsize=12)
-    left.set(xlabel="BCE above its floor, nats", ylabel="KLD, nats", xlim=(14, 56), ylim=(0, 65))
-    right.semilogx([*names], [100 * share for share in accuracy], "o-", color="tab:blue")
-    right.set_ylabel("accuracy, %", color="tab:blue")
-    right.set_xticks([*names], [*names])
-    right.set_xlabel("β")
-    other = right.twinx()
-    other.plot([*names], active, "s--", color="tab:orange")
-    other.set_ylabel("active dimensions of 32", color="tab:orange")
+        axes["terms"].annotate(f"β = {beta}", point, (8, 5), textcoords="offset points")
+    limits = {"xlim": (0, 62), "ylim": (0, 65)}
+    axes["terms"].set(xlabel="BCE above its floor, nats", ylabel="KLD, nats", **limits)
+    axes["accuracy"].semilogx([*names], [100 * share for share in accuracy], "o-")
+    axes["accuracy"].set(title="accuracy, %", ylim=(84, 88.5))
+    axes["active"].semilogx([*names], active, "o-")
+    axes["active"].set(title="active dimensions, of 32", yticks=(0, 16, 32), xlabel="β")
+    for axis in (axes["accuracy"], axes["active"]):
+        axis.minorticks_off()
+        axis.set_xticks([*names], [*names])
+        axis.grid(alpha=0.3)
     return figure
 
 
 def draw_proposals():
     """Return four measures of each proposal, a dot a seed, over the range of the baseline."""
-    measures = {"Test loss": LOSSES["Test loss"], **CODES}
-    del measures["Active dimensions"]
+    measures = {"Test loss ↓": LOSSES["Test loss"], "MSE × 1000 ↓": CODES["MSE × 1000"]}
+    measures |= {"Sharpness ↑": CODES["Sharpness"], "Accuracy ↑": CODES["Accuracy, %"]}
     rows = {title: seeds(name) for title, name in PROPOSALS.items()}
     rows["baseline"] += seeds("plateau")  # which never lowered the rate: the baseline on a CPU
-    figure = Figure(figsize=(8.8, 3.4), layout="constrained")
+    figure = Figure(figsize=(8.8, 4), layout="constrained")
     axes = figure.subplots(1, len(measures), sharey=True)
     for axis, (title, (name, factor, _)) in zip(axes, measures.items()):
         values = [[factor * run[name] for run in runs] for runs in rows.values()]
         axis.axvspan(min(values[0]), max(values[0]), color="0.87")
-        dots(axis, rows, values)
-        axis.set_title(title)
+        draw_dots(axis, rows, values)
+        axis.set_title(title, fontsize=14)
+        axis.locator_params(axis="x", nbins=3)
+        axis.margins(x=0.15)
+        axis.tick_params(axis="y", length=0)
     return figure
 
 
 def draw_accuracy():
     """Return the forest's test accuracy on each kind of code, a dot a seed or random state."""
-    rows = {title: [run["accuracy"] for run in seeds(name)] for title, name in FORESTS.items()}
-    rows = {"PCA, 32": [seeds("latent32")[0]["baselines"]["pca"]], **rows}
+    rows = {f"PCA, {n}": [seeds(f"latent{n}")[0]["baselines"]["pca"]] for n in (16, 32)}
+    rows |= {title: [run["accuracy"] for run in seeds(name)] for title, name in FORESTS.items()}
     rows["784 pixels"] = data.read(HERE / "pixels.json", json.loads).values()
-    figure = Figure(figsize=(8.8, 3.4), layout="constrained")
+    figure = Figure(figsize=(8.8, 4.2), layout="constrained")
     axis = figure.subplots()
+    draw_dots(axis, rows, [[100 * accuracy for accuracy in row] for row in rows.values()])
     axis.axvline(84.01, color="0.4", linestyle="--")
-    axis.text(84.05, 6.6, "the report,\n16 numbers", color="0.4", fontsize=12)
-    dots(axis, rows, [[100 * accuracy for accuracy in row] for row in rows.values()])
+    axis.text(84.06, len(rows) - 1, "the report, 16 numbers", color="0.4", va="center")
     axis.set_xlabel("accuracy, %")
     return figure
 
 
-def dots(axis, names, values):
+def draw_dots(axis, names, values):
     """Draw a row of dots for each name."""
     for y, row in enumerate(values):
-        axis.plot(row, [y] * len(row), "o", color="tab:blue", alpha=0.6)
-    axis.set_yticks(range(len(values)), names, fontsize=12)
-    axis.set_ylim(len(values) - 0.4, -0.6)
+        axis.plot([*row], [y] * len(row), "o", color="tab:blue", alpha=0.6)
+    axis.set_yticks(range(len(values)), names)
+    axis.set_ylim(len(values) - 0.5, -0.5)
     axis.grid(axis="x", alpha=0.3)
 
 
