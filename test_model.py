@@ -290,6 +290,14 @@ def test_the_real_data_is_known(capsys, tmp_path):
     assert float(done.stdout) == pytest.approx(0.2860, abs=5e-5) and done.stderr == ""
 
 
+def test_the_first_place_that_has_data_is_taken(tmp_path):
+    write_data(tmp_path, raw_files(TRAIN, TRAIN))
+    for name, content in raw_files().items():
+        (tmp_path / name).write_bytes(content)
+    (_, _), (x, _) = data.load_splits(tmp_path)
+    assert torch.equal(x, TRAIN_X)
+
+
 FAILURES = [
     ConnectionResetError("reset\nby peer"),
     RuntimeError("chunk"),

@@ -63,7 +63,8 @@ def main():
 def tables(folder):
     """Return the tables of the runs in folder/*/seed*, in Markdown: losses, codes and samples."""
     groups = read_groups(folder)
-    return "\n".join(markdown_table(groups, columns) for columns in (LOSSES, CODES, SAMPLES))
+    printed = [markdown_table(groups, columns) for columns in (LOSSES, CODES, SAMPLES)]
+    return "\n".join(filter(None, printed))
 
 
 def spreads():
@@ -140,7 +141,7 @@ def markdown_table(groups, columns):
             cells.append(spread(values, digits) + fewer)
         if any(cells):
             rows.append([codes, str(dimensions), str(len(runs)), *cells])
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows) if len(rows) > 2 else ""
 
 
 def spread(values, digits):
