@@ -170,7 +170,7 @@ PROPOSALS |= {"200 epochs": "epochs200", "feature matching": "feature", "cosine"
 PROPOSALS |= {"64 numbers": "latent64", "128 numbers": "latent128"}
 FORESTS = {"fully connected, 32": "fc-latent32", "ConvVAE, 16": "latent16"}
 FORESTS |= {"ConvVAE, 32": "latent32", "β = 0.1, 32": "beta0.1"}
-FORESTS |= {"search's choice, 32": "best32", "search's choice, 64": "best64"}
+FORESTS |= {"searched, 32": "best32", "searched, 64": "best64"}
 
 
 @torch.no_grad()
@@ -202,7 +202,7 @@ def seeds(name):
 def draw_hero(models, images, labels):
     """Return the first test image of each class, and three networks' reconstructions."""
     rows = [images[[(labels == k).nonzero()[0].item() for k in range(10)]]]
-    names = ["original (MSE × 1000)"]
+    names = ["original"]
     titles = {"fc-latent32": "fully connected", "latent32": "ConvVAE", "beta0.1": "β = 0.1"}
     for name, title in titles.items():
         torch.manual_seed(0)
