@@ -72,7 +72,9 @@ def main():
     for name, value in metrics.items():
         print(f"{name}: {value:.4g}")
     if not metrics["active_dimensions"]:
-        print("Remark: no dimension of the code is active: it has collapsed.", file=sys.stderr)
+        print(
+            "Remark: no dimension of the code is active: it tells no images apart.", file=sys.stderr
+        )
 
     result = {"epoch": len(run.log), "sha256": run.sha256, "accuracy": accuracy}
     result |= {"recall": dict(zip(data.CLASSES, recall)), "confusion_matrix": matrix.tolist()}

@@ -95,15 +95,17 @@ def download(raw):
 
     UserError, with other ways to have it, if that fails.
     """
-    folder = Path(os.path.realpath(raw.parent))  # a link is the place to which it points
+    target = Path(os.path.realpath(raw))  # a link is the place to which it points
+    if target.is_dir() and any(target.iterdir()):
+        raise UserError(f"{raw} has none of the data set's files, but others: move them away")
     print(f"Downloading Fashion-MNIST to {raw} …", file=sys.stderr, flush=True)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as staging:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as staging:
             FashionMNIST(staging, download=True)
             with contextlib.suppress(FileNotFoundError):
-                (folder / raw.name).rmdir()  # an empty one would be in the way on Windows
-            os.rename(Path(staging, "FashionMNIST", "raw"), folder / raw.name)
+                target.rmdir()  # an empty one would be in the way on Windows
+            os.rename(Path(staging, "FashionMNIST", "raw"), target)
     except Exception as error:  # a proxy or a disk can fail in almost any way
         if all((raw / name).exists() for name in FILES):  # another script was faster
             return
@@ -123,14 +125,16 @@ def read_idx(path):
     try:
         if content[:2] == b"\x1f\x8b":
             content = gzip.decompress(content)
+        if content[:3] != b"\0\0\x08" or content[3] > 3:
+            raise ValueError("it does not begin as such a file does")
         dimensions = content[3]
         shape = struct.unpack_from(f">{dimensions}I", content, 4)
-    except (EOFError, IndexError, OSError, struct.error, zlib.error) as error:
+    except (EOFError, IndexError, OSError, ValueError, struct.error, zlib.error) as error:
         raise UserError(f"{path} is damaged ({error})") from error
     start, size = 4 + 4 * dimensions, math.prod(shape)
-    if content[:3] != b"\0\0\x08" or len(content) - start != size or size == 0:
-        found = f"{max(0, len(content) - start):,} bytes for a shape of {list(shape)}"
-        raise UserError(f"{path} is damaged or of another kind ({found})")
+    if len(content) - start != size or size == 0:
+        found = f"{len(content) - start:,} bytes for a shape of {list(shape)}"
+        raise UserError(f"{path} is damaged ({found})")
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)[start:].view(shape)
 
 
@@ -153,11 +157,12 @@ def between(kind, low, high):
 
 LARGE = 2**31 - 1
 COUNT, WEIGHT = between(int, 0, LARGE), between(float, 0, 1e6)
-MODEL_NAMES, SCHEDULERS = ("conv", "fc", "deep"), ("constant", "plateau", "cosine")
+NETWORKS = {"conv": "ConvVAE", "fc": "Fully connected VAE", "deep": "Deep ConvVAE"}
+SCHEDULERS = ("constant", "plateau", "cosine")
 SCHEDULER_HELP = "torch's, on train BCE + beta KLD or to 0 at --epochs"
 # As options of train.py. A run made before a setting existed has its default.
 SETTINGS = {
-    "model": {"choices": MODEL_NAMES, "default": "conv", "help": "fc: fully connected"},
+    "model": {"choices": [*NETWORKS], "default": "conv", "help": "fc: fully connected"},
     "latent_dim": {"type": between(int, 1, 4096), "default": 32, "help": "numbers in a code"},
     "batch_size": {"type": between(int, 1, LARGE), "default": 128, "help": "images per update"},
     "lr": {"type": between(float, 1e-12, 1e3), "default": 5e-4, "help": "learning rate of Adam"},
@@ -179,7 +184,6 @@ LOG = "losses.csv"
 CLASSIFICATION = "classification.json"
 RUN_FILES = (STATE, CONFIG, WEIGHTS, LOG, CLASSIFICATION)
 
-NETWORKS = {"conv": "ConvVAE", "fc": "Fully connected VAE", "deep": "Deep ConvVAE"}
 LABELS = {"beta": "β {}", "lr_scheduler": "{}", "epochs": "{} epochs", "hold_out": "{} held out"}
 
 
@@ -221,8 +225,9 @@ def read_run(path):
         config, log = read(path / CONFIG, parse_config), read(path / LOG, parse_log)
         weights = read(path / WEIGHTS, parse_weights)
     if not config or not log:
-        lacks = f"no run in {path} ({CONFIG} or {LOG} is missing)"
-        raise UserError(f"{lacks}: {train_command({}, path)} makes one")
+        held = any((path / name).exists() for name in RUN_FILES)
+        command = train_command({}, "runs/anew" if held else path)
+        raise UserError(f"no run in {path} ({CONFIG} or {LOG} is missing): {command} makes one")
     return Run(path, settings_of(config), log, weights, digest(weights) if weights else None)
 
 
@@ -241,7 +246,8 @@ def read_classification(run):
         sha256 = result.get("sha256")
         if sha256 is None or run.sha256 is None or sha256 == run.sha256:
             return result
-    print(f"Remark: {path} {problem}: python classify.py --run {run.path}", file=sys.stderr)
+    command = subprocess.list2cmdline(["python", "classify.py", "--run", str(run.path)])
+    print(f"Remark: {path} {problem}: {command}", file=sys.stderr)
     return None
 
 
@@ -251,7 +257,7 @@ def train_command(settings, path):
     for name, option in SETTINGS.items():
         if settings.get(name, option["default"]) != option["default"]:
             words += [f"--{name.replace('_', '-')}", str(settings[name])]
-    return subprocess.list2cmdline(words)  # double quotes, which every shell knows
+    return subprocess.list2cmdline(words)  # double quotes around spaces, as every shell wants
 
 
 def read_bytes(path):
@@ -312,8 +318,9 @@ def parse_config(content):
 
 def parse_classification(content):
     result = json.loads(content)
-    if not result.keys() >= {"epoch", "accuracy", "confusion_matrix"}:
-        raise ValueError("a part is missing")
+    int(result["epoch"]), float(result["accuracy"])
+    if [len(row) for row in result["confusion_matrix"]] != [len(CLASSES)] * len(CLASSES):
+        raise ValueError("not a row and a column a class")
     return result
 
 

@@ -159,7 +159,7 @@ def load_model(run):
     try:
         model.load_state_dict(run.weights)
     except RuntimeError as error:
-        problem = f"{data.CONFIG} and {data.WEIGHTS} are of different networks"
+        problem = f"settings ({data.CONFIG}) and weights ({data.WEIGHTS}) of different networks"
         raise data.UserError(f"{run.path}: {problem}") from error
     return model.eval()
 

@@ -8,7 +8,7 @@ from textwrap import fill
 try:
     import matplotlib.style
 except ValueError:  # at a MPLBACKEND that is inherited from a notebook and not installed here
-    del os.environ["MPLBACKEND"]
+    os.environ.pop("MPLBACKEND", None)
     for name in [name for name in sys.modules if name.startswith("matplotlib")]:
         del sys.modules[name]  # half imported
     import matplotlib.style

@@ -52,14 +52,13 @@ def main():
     print(f"{counts} from {data.find_files(args.data)[0].parent}", flush=True)
     tune()
     torch.manual_seed(args.seed)
-    model = MODELS[args.model](args.latent_dim)
-    if state:
-        model = load_model(data.Run(args.run, settings, log, state["model"], None))
+    there = state and data.Run(args.run, settings, log, state["model"], None)
+    model = load_model(there) if there else MODELS[args.model](args.latent_dim)
     device = choose_device(args.device, model, train_images[:BATCH])
     model.to(device, memory_format=memory_format(device))
     optimizer = make_optimizer(model, device, args.lr_scheduler)
     if state:
-        load_moments(optimizer, state["optimizer"], args.run)
+        load_moments(optimizer, state.get("optimizer"), args.run)
     encoder = encoder and encoder.to(device)
     step = partial(update, model, optimizer, args.beta, encoder, args.feature_weight)
     if device == "cuda":
@@ -159,7 +158,7 @@ def learning_rate(args, log):
 
 
 def load_encoder(path):
-    """Return the network of the run at `path` for feature matching, and its digest, if any.
+    """Return the network of the run at `path` for feature matching, and its digest, or two None.
 
     The digest is a setting, since that run might be trained on in between.
     """
@@ -192,7 +191,8 @@ def open_run(path, settings):
     if state:
         check_settings(path, state["config"], settings)
     elif any((path / name).exists() for name in data.RUN_FILES):
-        command = data.train_command(settings, "runs/anew")
+        config = data.read(path / data.CONFIG, data.parse_config)
+        command = data.train_command(config or settings, "runs/anew")
         raise data.UserError(f"{path} has no {data.STATE} to go on from; elsewhere: {command}")
     path.mkdir(parents=True, exist_ok=True)
     writer = Writer(path, seen)
@@ -233,7 +233,7 @@ class Writer:
         moments = optimizer.state_dict()["state"]
         state = {"config": config, "model": weights, "optimizer": moments, "log": log}
         if data.read(self.path / data.STATE, data.sha256) != self.seen:
-            raise data.UserError(f"another train.py is at work in {self.path}: it goes on alone")
+            raise data.UserError(f"{self.path} was changed: another train.py is at work in it")
         self.seen = data.write(self.path / data.STATE, state)
         self.write_views(state)
 
@@ -245,7 +245,7 @@ class Writer:
                 data.write(self.path / name, state[part])
             except data.UserError as error:
                 if name not in self.remarks:
-                    print(f"Remark: {error}; training goes on.", file=sys.stderr)
+                    print(f"Remark: {error}; {data.STATE} has it.", file=sys.stderr)
                 self.remarks.add(name)
 
 
@@ -261,6 +261,8 @@ def load_moments(optimizer, moments, path):
         for parameter in optimizer.param_groups[0]["params"]:
             state = optimizer.state[parameter]
             for name in ("exp_avg", "exp_avg_sq"):
+                if state[name].shape != parameter.shape:
+                    raise ValueError
                 state[name] = torch.empty_like(parameter).copy_(state[name])
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         problem = "has Adam's moments of another network"

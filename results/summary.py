@@ -11,14 +11,13 @@ from statistics import mean, stdev
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
-import matplotlib.style
 import torch
-from matplotlib.figure import Figure
 
 import data
-import plots  # before matplotlib, for a notebook's settings
+import plots
 from classify import fit_forest
 from model import load_model, sample_mixture
+from plots import Figure, matplotlib  # which it imports whatever a notebook's settings are
 
 # The columns of each table: what is shown of a run, times what, and with how many decimals.
 LOSSES = {
