@@ -11,17 +11,7 @@ from sklearn.metrics import confusion_matrix
 from sklearn.neighbors import NearestNeighbors
 
 import data
-from model import (
-    BATCH,
-    active_dimensions,
-    kl_divergence,
-    latent_means,
-    load_model,
-    reconstruction_bce,
-    sample_mixture,
-)
-
-NEIGHBOURS = 3  # k of precision and recall, as in the paper
+import model
 
 
 def main():
@@ -31,23 +21,21 @@ def main():
     run = data.read_run(args.run)
     print(run)
     latent_dim, path = run.settings["latent_dim"], run.path / data.CLASSIFICATION
-    model = load_model(run)
+    vae = model.load_model(run)
     splits = data.load_splits(args.data, run.settings["hold_out"])
     (train_images, train_labels), (test_images, test_labels) = splits
-    components = min(len(train_images), 28 * 28)
-    if args.baselines and latent_dim > components:
-        raise data.UserError(f"--baselines: PCA has {components} components, not {latent_dim}")
+    most = min(len(train_images), 28 * 28)  # components that PCA can have
 
-    train_mu, test_mu = (latent_means(model, images) for images in (train_images, test_images))
+    train_mu, test_mu = (model.latent_means(vae, images) for images in (train_images, test_images))
     # In float64 PCA, like μ, is the same on every machine.
     flat_train, flat_test = (images.flatten(1).double() for images in (train_images, test_images))
-    pca = PCA(min(50, components), random_state=42).fit(flat_train)
-    mixture_z = sample_mixture(model, train_images, len(test_images))
-    metrics = measure(model, test_images, mixture_z, pca)
+    pca = PCA(min(50, most), random_state=42).fit(flat_train)
+    mixture_z = model.sample_mixture(vae, train_images, len(test_images))
+    metrics = measure(vae, test_images, mixture_z, pca)
     # Of the gap between train and test loss, the difference of the floors is the data's own.
-    train_floor = reconstruction_bce(train_images, train_images) / len(train_images)
+    train_floor = model.reconstruction_bce(train_images, train_images) / len(train_images)
     metrics["train_bce_floor"] = train_floor.item()
-    metrics["active_dimensions"] = active_dimensions(test_mu)
+    metrics["active_dimensions"] = model.active_dimensions(test_mu)
 
     predicted = fit_forest(train_mu, train_labels).predict(test_mu)
     matrix = confusion_matrix(test_labels, predicted, labels=range(len(data.CLASSES)))
@@ -58,9 +46,10 @@ def main():
         print(f"{name:11}", *(f"{count:4}" for count in counts), f"{share * 100:6.1f}% right")
     print(f"Classification accuracy: {accuracy * 100:.2f}%")
 
-    baselines = earlier_baselines(path)
+    # They depend on no weights, so those of before stay.
+    baselines = (data.read(path, data.parse_classification) or {}).get("baselines")
     if args.baselines:
-        reduced = PCA(latent_dim, random_state=42).fit(flat_train)
+        reduced = PCA(min(latent_dim, most), random_state=42).fit(flat_train)
         features = {"pixels": (flat_train, flat_test)}
         features["pca"] = [reduced.transform(split) for split in (flat_train, flat_test)]
         baselines = {}
@@ -72,21 +61,11 @@ def main():
     for name, value in metrics.items():
         print(f"{name}: {value:.4g}")
     if not metrics["active_dimensions"]:
-        print(
-            "Remark: no dimension of the code is active: it tells no images apart.", file=sys.stderr
-        )
+        print("Remark: no dimension of the code is active.", file=sys.stderr)
 
     result = {"epoch": len(run.log), "sha256": run.sha256, "accuracy": accuracy}
     result |= {"recall": dict(zip(data.CLASSES, recall)), "confusion_matrix": matrix.tolist()}
     data.write(path, {**result, "baselines": baselines, **metrics})
-
-
-def earlier_baselines(path):
-    """Return those of a classification.json, which depend on no weights and stay, or None."""
-    try:
-        return (data.read(path, data.parse_classification) or {}).get("baselines")
-    except data.UserError:  # damaged: it is about to be replaced
-        return None
 
 
 def fit_forest(x, y, random_state=42):
@@ -95,9 +74,8 @@ def fit_forest(x, y, random_state=42):
 
 
 @torch.no_grad()
-def measure(model, images, mixture_z, pca):
+def measure(vae, images, mixture_z, pca):
     """Return what tells of reconstructions and samples, for N test images [N, 1, 28, 28].
-
     A reconstruction is the model's forward pass, z sampled, as in the test loss.
     - bce, kld: the two terms of the loss, in nats per image.
     - bce_floor: the BCE of a perfect reconstruction, the entropy of the grey values themselves.
@@ -105,40 +83,36 @@ def measure(model, images, mixture_z, pca):
     - mse: squared error per pixel, values in [0, 1].
     - sharpness_reconstructions: gradient energy of reconstructions over that of the images.
     - frechet, precision, recall, of `compare`: `_samples` of N from N(0, I), and
-      `_mixture_samples` of `mixture_z` [N, latent_dim], each decoded.
-    """
+      `_mixture_samples` of `mixture_z` [N, latent_dim], each decoded."""
     torch.manual_seed(0)
-    outputs = zip(*(model(x) for x in images.split(BATCH)))
+    outputs = zip(*(vae(x) for x in images.split(model.BATCH)))
     reconstructions, mu, logvar = (torch.cat(parts) for parts in outputs)
-    bce = reconstruction_bce(reconstructions, images).item() / len(images)
-    bce_floor = reconstruction_bce(images, images).item() / len(images)
+    bce = model.reconstruction_bce(reconstructions, images).item() / len(images)
+    bce_floor = model.reconstruction_bce(images, images).item() / len(images)
     metrics = {
         "bce": bce,
-        "kld": kl_divergence(mu, logvar).item() / len(images),
+        "kld": model.kl_divergence(mu, logvar).item() / len(images),
         "bce_floor": bce_floor,
         "excess_bce": bce - bce_floor,
         "mse": F.mse_loss(reconstructions, images).item(),
         "sharpness_reconstructions": gradient_energy(reconstructions) / gradient_energy(images),
     }
     for name, z in {"samples": torch.randn_like(mu), "mixture_samples": mixture_z}.items():
-        samples = torch.cat([model.decode(part) for part in z.split(BATCH)])
+        samples = torch.cat([vae.decode(part) for part in z.split(model.BATCH)])
         likeness = compare(samples, images, pca)
         metrics |= {f"{measure}_{name}": value for measure, value in likeness.items()}
     return metrics
 
 
 def gradient_energy(images):
-    """Return the mean over images of Σ (∂x)² + (∂y)², differences of neighbouring pixels.
-
-    A measure of focus (Subbarao, Choi & Nikzad, 1993): blur lowers it.
-    """
+    """Return the mean over images of Σ (∂x)² + (∂y)², differences of neighbouring pixels. A measure
+    of focus (Subbarao, Choi & Nikzad, 1993): blur lowers it."""
     dy, dx = images.diff(dim=2), images.diff(dim=3)
     return (dy.square().sum() + dx.square().sum()).item() / len(images)
 
 
 def compare(samples, images, pca):
     """Return how like `images` [N, 1, 28, 28] the `samples` [M, 1, 28, 28] are, by name.
-
     Both are taken as points, by `pca`, which was fitted to the pixels of training images.
     - frechet: ‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2 (Σ₁Σ₂)^½) of the Gaussians fitted to the two sets
       (Heusel et al., 2017): 0 if means and covariances agree; lower is better.
@@ -146,28 +120,20 @@ def compare(samples, images, pca):
       its k-th nearest other image; recall: of images that lie among samples (Kynkäänniemi et al.,
       2019). From 0 to 1; higher is better, but blur raises precision, towards the middle of the
       data, so that of real images is below that of blurred ones.
-    There is no Inception network in it, so none of the three compares with others' figures.
-    """
-    pictures = (samples, images)
-    generated, real = (torch.tensor(pca.transform(x.flatten(1).double())) for x in pictures)
+    There is no Inception network in it, so none of the three compares with others' figures."""
+    points = [torch.tensor(pca.transform(x.flatten(1).double())) for x in (samples, images)]
+    means = [x.mean(dim=0) for x in points]
     # With centred points A = QR a covariance is RᵀR, and tr (Σ₁Σ₂)^½ the nuclear norm of R₁R₂ᵀ.
-    means, roots = [], []
-    for points in (generated, real):
-        means.append(points.mean(dim=0))
-        roots.append(torch.linalg.qr(points - means[-1]).R / (len(points) - 1) ** 0.5)
-    traces = sum(root.square().sum() for root in roots)
-    common = torch.linalg.matrix_norm(roots[0] @ roots[1].T, "nuc")
-    frechet = (means[0] - means[1]).square().sum() + traces - 2 * common
-    return {
-        "frechet": frechet.item(),
-        "precision": share_among(generated, real),
-        "recall": share_among(real, generated),
-    }
+    a, b = (torch.linalg.qr(x - mean).R / (len(x) - 1) ** 0.5 for x, mean in zip(points, means))
+    frechet = (means[0] - means[1]).square().sum() + (a.square().sum() + b.square().sum())
+    frechet -= 2 * torch.linalg.matrix_norm(a @ b.T, "nuc")
+    precision, recall = share_among(*points), share_among(*reversed(points))
+    return {"frechet": frechet.item(), "precision": precision, "recall": recall}
 
 
-def share_among(points, others):
+def share_among(points, others, k=3):
     """Return the share of `points` [N, D] no farther from one of `others` than its k-th neighbour."""
-    nearest = NearestNeighbors(n_neighbors=NEIGHBOURS + 1).fit(others)  # itself and k others
+    nearest = NearestNeighbors(n_neighbors=k + 1).fit(others)  # itself and k others
     radius = torch.tensor(nearest.kneighbors(others)[0][:, -1])
     # Not by products of matrices, which put a point at some distance from itself.
     distances = partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")

@@ -12,12 +12,10 @@ BATCH = 128  # images at a time where none is trained on
 
 
 class VAE(nn.Module):
-    """What the networks share: sampling z and the forward pass (Kingma & Welling, 2014).
-
-    Images are [N, 1, 28, 28] float32 in [0, 1], latent vectors [N, latent_dim]. A subclass
-    gives `features`, what its hidden layers make of images, the last of which `fc_mu` and
-    `fc_log` take, and `decode`, from z to images.
-    """
+    """What the networks share: sampling z and the forward pass (Kingma & Welling, 2014). Images are
+    [N, 1, 28, 28] float32 in [0, 1], latent vectors [N, latent_dim]. A subclass gives `features`,
+    what its hidden layers make of images, the last of which `fc_mu` and `fc_log` take, and
+    `decode`, from z to images."""
 
     def encode(self, x):
         """Return μ(x) and log σ²(x), both [N, latent_dim]."""
@@ -35,10 +33,8 @@ class VAE(nn.Module):
 
 
 class ConvVAE(VAE):
-    """The report's convolutional VAE: 440,833 parameters at latent_dim = 32.
-
-    Layers carry the report's names, so a `state_dict` goes both ways between its class and this.
-    """
+    """The report's convolutional VAE: 440,833 parameters at latent_dim = 32. Layers carry the
+    report's names, so a `state_dict` goes both ways between its class and this."""
 
     def __init__(self, latent_dim=32):
         super().__init__()
@@ -66,10 +62,8 @@ class ConvVAE(VAE):
 
 
 class FullyConnectedVAE(VAE):
-    """784–400–latent_dim–400–784 with ReLU, after Kingma & Welling (2014).
-
-    The report compares its network with "a fully connected VAE" without describing it.
-    """
+    """784–400–latent_dim–400–784 with ReLU, after Kingma & Welling (2014). The report compares its
+    network with "a fully connected VAE" without describing it."""
 
     def __init__(self, latent_dim=32):
         super().__init__()
@@ -124,10 +118,8 @@ MODELS = {"conv": ConvVAE, "fc": FullyConnectedVAE, "deep": DeepConvVAE}
 
 
 def reconstruction_bce(recon_x, x):
-    """Binary cross-entropy −Σ [x log x̂ + (1−x) log(1−x̂)] in nats, summed over pixels and batch.
-
-    A NaN in `recon_x` gives NaN, where PyTorch's own function would abort (on CUDA for good).
-    """
+    """Binary cross-entropy −Σ [x log x̂ + (1−x) log(1−x̂)] in nats, summed over pixels and batch. A
+    NaN in `recon_x` gives NaN, where PyTorch's own function would abort (on CUDA for good)."""
     broken = recon_x.isnan()
     bce = F.binary_cross_entropy(recon_x.masked_fill(broken, 0), x, reduction="sum")
     return bce.masked_fill(broken.any(), torch.nan)
@@ -143,15 +135,12 @@ def loss_function(recon_x, x, mu, logvar):
     return reconstruction_bce(recon_x, x) + kl_divergence(mu, logvar)
 
 
-# ------------------------------------------------------------------------------------------
-# Loading, and codes
+# --- Loading, and codes -------------------------------------------------------------------
 
 
 def load_model(run):
     """Return the network of a run (a `data.Run`) with its weights, on the CPU, for evaluation.
-
-    Raises UserError if the run has no weights, or those of another network than its settings.
-    """
+    Raises UserError if the run has no weights, or those of another network than its settings."""
     if not run.weights:
         command = data.train_command(run.settings, "runs/anew")
         raise data.UserError(f"{run.path} has no {data.WEIGHTS}; this makes one anew: {command}")
@@ -166,30 +155,24 @@ def load_model(run):
 
 @torch.no_grad()
 def latent_means(model, images):
-    """Return μ(x), [N, latent_dim] float32, of images on the CPU.
-
-    In float64, so that what a machine rounds differently never reaches the forest.
-    """
+    """Return μ(x), [N, latent_dim] float32, of images on the CPU. In float64, so that what a
+    machine rounds differently never reaches the forest."""
     model = copy.deepcopy(model).double()
     return torch.cat([model.encode(x.double())[0].float() for x in images.split(BATCH)])
 
 
 def active_dimensions(mu):
-    """Return in how many of its dimensions a code μ [N, latent_dim] tells images apart.
-
-    By the criterion for an active unit of Burda et al. (2016): a variance above 0.01.
-    """
+    """Return in how many of its dimensions a code μ [N, latent_dim] tells images apart. By the
+    criterion for an active unit of Burda et al. (2016): a variance above 0.01."""
     return (mu.var(dim=0) > 0.01).sum().item()
 
 
 def sample_mixture(model, images, n):
-    """Return n codes [n, latent_dim] from a mixture of Gaussians fitted to μ of images.
-
-    An estimate of where codes lie, in place of N(0, I) (Ghosh et al., 2020): 50 Gaussians, fitted
-    to the first 10,000 images, as chosen in results/mixture.txt; fewer where a Gaussian would have
-    fewer than six different codes a dimension. Above 128 dimensions the covariances are diagonal,
-    for the time that full ones take grows with the cube of the dimensions.
-    """
+    """Return n codes [n, latent_dim] from a mixture of Gaussians fitted to μ of images. An estimate
+    of where codes lie, in place of N(0, I) (Ghosh et al., 2020): 50 Gaussians, fitted to the first
+    10,000 images, as chosen in results/mixture.txt; fewer where a Gaussian would have fewer than
+    six different codes a dimension. Above 128 dimensions the covariances are diagonal, for the time
+    that full ones take grows with the cube of the dimensions."""
     from sklearn.mixture import GaussianMixture  # here, for train.py needs no second to load it
 
     mu = latent_means(model, images[:10_000]).double()
@@ -200,16 +183,13 @@ def sample_mixture(model, images, n):
     return torch.tensor(mixture.sample(n)[0]).float()
 
 
-# ------------------------------------------------------------------------------------------
-# Faster, same numbers
+# --- Faster, same numbers -----------------------------------------------------------------
 
 
 class TransposedConv2d(nn.ConvTranspose2d):
-    """nn.ConvTranspose2d in the form that is fastest on a CPU, equal to it up to rounding.
-
-    oneDNN, with which PyTorch convolves there, is slow at two things: a bias, so that is added
-    apart, and a single output channel, so that is left to PyTorch's own kernel.
-    """
+    """nn.ConvTranspose2d in the form that is fastest on a CPU, equal to it up to rounding. oneDNN,
+    with which PyTorch convolves there, is slow at two things: a bias, so that is added apart, and a
+    single output channel, so that is left to PyTorch's own kernel."""
 
     def forward(self, x):
         """Return [N, out_channels, H', W'] of x, [N, in_channels, H, W]."""

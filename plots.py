@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
+from sklearn.metrics import ConfusionMatrixDisplay
 
 import data
 from model import active_dimensions, latent_means, load_model, sample_mixture
@@ -63,17 +64,14 @@ def save(run, name, figure):
 
 def draw_losses(log):
     """Return a figure of the loss and of its two terms, in nats per image, over the epochs."""
+    if len(log) > 2:
+        log = log[1:]  # the first epoch, far above the others, would flatten them
     figure = Figure(figsize=(11, 3.2), layout="constrained")
-    epochs = [row["epoch"] for row in log]
-    titles = ("Loss = BCE + KLD", "BCE, reconstruction", "KLD, latent code")
-    for axis, loss, title in zip(figure.subplots(1, 3), ("loss", "bce", "kld"), titles):
-        for split, color in (("train", "tab:blue"), ("test", "tab:orange")):
-            values = [row[f"{split}_{loss}"] for row in log]
-            axis.plot(epochs, values, color=color, label=split, marker="." if len(log) < 10 else "")
-        if len(log) > 2:  # the first epoch, far above the others, would flatten them
-            later = [row[f"{split}_{loss}"] for row in log[1:] for split in ("train", "test")]
-            margin = 0.05 * (max(later) - min(later)) + 1e-3
-            axis.set_ylim(min(later) - margin, max(later) + margin)
+    titles = {"loss": "Loss = BCE + KLD", "bce": "BCE, reconstruction", "kld": "KLD, latent code"}
+    for axis, (loss, title) in zip(figure.subplots(1, 3), titles.items()):
+        for split in ("train", "test"):
+            points = zip(*((row["epoch"], row[f"{split}_{loss}"]) for row in log))
+            axis.plot(*points, label=split, marker="." if len(log) < 10 else "")
         axis.set(title=title, xlabel="epoch")
         axis.grid(alpha=0.3)
     figure.axes[0].set_ylabel("nats per image")
@@ -82,11 +80,9 @@ def draw_losses(log):
 
 
 def sample_codes(model, latent_dim, train_images):
-    """Return codes [100, latent_dim] to decode, and names for their rows of ten.
-
-    Half are from N(0, I), half from a mixture fitted to codes of images (Ghosh et al., 2020);
-    if there are two dimensions, a grid of normal quantiles (Kingma & Welling, 2014, figure 4).
-    """
+    """Return codes [100, latent_dim] to decode, and names for their rows of ten. Half are from N(0,
+    I), half from a mixture fitted to codes of images (Ghosh et al., 2020); if there are two
+    dimensions, a grid of normal quantiles (Kingma & Welling, 2014, figure 4)."""
     if latent_dim == 2:
         quantiles = torch.special.ndtri(torch.linspace(0.05, 0.95, 10))
         return torch.cartesian_prod(quantiles, quantiles), ()
@@ -120,30 +116,21 @@ def draw_latent_space(mu, labels):
     methods = {"PCA": PCA(2, random_state=0), "t-SNE": tsne}
     figure = Figure(figsize=(11, 5), layout="constrained")
     for axis, (name, method) in zip(figure.subplots(1, 2), methods.items()):
-        x, y = method.fit_transform(mu).T
-        points = axis.scatter(x, y, c=labels.numpy(), cmap="tab10", s=2, vmin=0, vmax=9)
+        axis.scatter(*method.fit_transform(mu).T, c=[f"C{k}" for k in labels], s=2)
         axis.set(title=f"{name} of μ, {len(mu):,} test images", xticks=[], yticks=[])
-    # Its own legend_elements leave out classes beyond those that are there.
-    colors = [points.to_rgba(k) for k in range(len(data.CLASSES))]
-    handles = [Line2D([], [], marker="o", linestyle="", color=color) for color in colors]
-    figure.legend(handles, data.CLASSES, loc="outside right center")
+    points = [Line2D([], [], marker="o", linestyle="", color=f"C{k}") for k in range(10)]
+    figure.legend(points, data.CLASSES, loc="outside right center")
     return figure
 
 
 def draw_confusion_matrix(result):
     """Return a figure of the counts that classify.py found, rows true, columns predicted."""
     figure = Figure(figsize=(6.5, 6.5), layout="constrained")
-    axis, matrix = figure.subplots(), result["confusion_matrix"]
-    axis.imshow(matrix, cmap="Blues")
-    for row, counts in enumerate(matrix):
-        for column, count in enumerate(counts):
-            dark = count > max(map(max, matrix)) / 2
-            axis.text(column, row, count, ha="center", va="center", color="w" if dark else "navy")
-    axis.set_xticks(range(len(data.CLASSES)), data.CLASSES, rotation=60)
-    axis.set_yticks(range(len(data.CLASSES)), data.CLASSES)
+    axis, matrix = figure.subplots(), torch.tensor(result["confusion_matrix"]).numpy()
+    display = ConfusionMatrixDisplay(matrix, display_labels=data.CLASSES)
+    display.plot(ax=axis, cmap="Blues", colorbar=False, xticks_rotation=60, values_format="d")
     right = f"{result['accuracy'] * 100:.2f} % right"
-    title = f"Random Forest on μ, epoch {result['epoch']}: {right}"
-    axis.set(title=title, xlabel="Predicted label", ylabel="True label")
+    axis.set_title(f"Random Forest on μ, epoch {result['epoch']}: {right}")
     return figure
 
 

@@ -19,8 +19,6 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
 import data
 from model import BATCH, MODELS, kl_divergence, load_model, loss_function, reconstruction_bce
 
-TEST_BATCH = 500
-
 
 def parse_arguments():
     """Return the command line's settings; the defaults are the report's."""
@@ -40,25 +38,25 @@ def main():
     args = parse_arguments()
     settings = {name: getattr(args, name) for name in data.SETTINGS}
     encoder, settings["feature_sha256"] = load_encoder(args.feature_run)
-    state, writer = open_run(args.run, settings)
-    log = state["log"] if state else []
+    writer = Writer(args.run, settings)
+    log = writer.run.log if writer.run else []
     if len(log) >= args.epochs:
         more = "" if args.lr_scheduler == "cosine" else " To go on, give more --epochs."
         print(f"{args.run} is finished: {len(log)} epochs.{more}")
         return
 
     (train_images, _), (test_images, _) = data.load_splits(args.data, args.hold_out)
-    counts = f"{len(train_images):,} training and {len(test_images):,} test images"
-    print(f"{counts} from {data.find_files(args.data)[0].parent}", flush=True)
     tune()
     torch.manual_seed(args.seed)
-    there = state and data.Run(args.run, settings, log, state["model"], None)
-    model = load_model(there) if there else MODELS[args.model](args.latent_dim)
+    model = load_model(writer.run) if writer.run else MODELS[args.model](args.latent_dim)
     device = choose_device(args.device, model, train_images[:BATCH])
     model.to(device, memory_format=memory_format(device))
-    optimizer = make_optimizer(model, device, args.lr_scheduler)
-    if state:
-        load_moments(optimizer, state.get("optimizer"), args.run)
+    # A captured step reads the rate from the device at each replay, if it changes at all.
+    changing = device == "cuda" and args.lr_scheduler != "constant"
+    lr = torch.zeros((), device=device) if changing else 0.0  # until the first epoch
+    optimizer = torch.optim.Adam(model.parameters(), lr, fused=True, capturable=device == "cuda")
+    if writer.run:
+        load_moments(optimizer, writer.run)
     encoder = encoder and encoder.to(device)
     step = partial(update, model, optimizer, args.beta, encoder, args.feature_weight)
     if device == "cuda":
@@ -66,20 +64,20 @@ def main():
     train_images, test_images = train_images.to(device), test_images.to(device)
     where = f"cuda ({torch.cuda.get_device_name()})" if device == "cuda" else device
     config = {**settings, "torch": str(torch.__version__), "device": where}
-    epochs = f"epochs {len(log) + 1} to {args.epochs}"
-    print(f"{type(model).__name__} on {where}, {epochs}", flush=True)
+    epochs = range(len(log) + 1, args.epochs + 1)
+    print(f"{type(model).__name__} on {where}, epochs {epochs[0]} to {epochs[-1]}", flush=True)
 
-    for epoch in range(len(log) + 1, args.epochs + 1):
+    for epoch in epochs:
         start = time.perf_counter()
         # An epoch has a seed of its own, so that a run goes on without a random state.
         torch.manual_seed((args.seed * 1_000_003 + epoch) % 2**32)
-        rate = learning_rate(args, log)
-        set_rate(optimizer, rate)
+        rate, group = learning_rate(args, log), optimizer.param_groups[0]
+        group["lr"] = group["lr"].fill_(rate) if torch.is_tensor(group["lr"]) else rate
         model.train()
         batches = torch.randperm(len(train_images), device=device).split(args.batch_size)
         row = {"epoch": epoch, **run_epoch("train", step, train_images, batches)}
         model.eval()
-        batches = torch.arange(len(test_images), device=device).split(TEST_BATCH)
+        batches = torch.arange(len(test_images), device=device).split(500)
         with torch.no_grad():
             row |= run_epoch("test", lambda x: loss_terms(model, x)[0], test_images, batches)
         row |= {"lr": rate, "seconds": time.perf_counter() - start}
@@ -91,13 +89,12 @@ def main():
         losses = f"Train loss {row['train_loss']:.2f}, Test loss {row['test_loss']:.2f}"
         left = timedelta(seconds=round(row["seconds"] * (args.epochs - epoch)))
         print(f"Epoch {epoch}: {losses}, {row['seconds']:.2f} s, {left} left", flush=True)
-    speed = len(train_images) * len(log) / sum(row["seconds"] for row in log)
-    print(f"Mean of the run: {speed:,.0f} training images/s, test passes included")
 
 
 def run_epoch(split, step, images, batches):
     """Call `step` on batches of indices into images; return its mean losses in nats per image."""
-    clear = f"\r{'':40}\r" if sys.stdout.isatty() else ""  # wipes the counter of a terminal
+    # Wipes the counter, which only a terminal has.
+    clear = f"\r{'':40}\r" if sys.stdout and sys.stdout.isatty() else ""
     sums, done, shown = [], 0, time.perf_counter()
     for batch in batches:
         sums.append(step(images[batch]))
@@ -113,14 +110,14 @@ def run_epoch(split, step, images, batches):
 
 def update(model, optimizer, beta, encoder, feature_weight, x):
     """Update the model on a batch [B, 1, 28, 28]; return its BCE and KLD as `loss_terms` does.
-
-    BCE + β·KLD is minimised, plus the weighted distance of features if there is an encoder.
-    """
+    BCE + β·KLD is minimised; with an `encoder` also the weighted squared distance, summed, of what
+    its hidden layers make of image and reconstruction (Hou et al., 2017, there with VGG)."""
     optimizer.zero_grad()
     terms, reconstruction = loss_terms(model, x)
     loss = terms[0] + beta * terms[1]
     if encoder:
-        loss += feature_weight * feature_distance(encoder, reconstruction, x)
+        pairs = zip(encoder.features(reconstruction), encoder.features(x))
+        loss += feature_weight * sum(F.mse_loss(*pair, reduction="sum") for pair in pairs)
     loss.backward()
     optimizer.step()
     return terms.detach()
@@ -133,17 +130,14 @@ def loss_terms(model, x):
     return terms, reconstruction
 
 
-# ------------------------------------------------------------------------------------------
-# What the report proposes
+# --- What the report proposes -------------------------------------------------------------
 
 
 def learning_rate(args, log):
-    """Return the rate of the epoch after those in `log`, by torch's own scheduler.
-
-    It is stepped through the log each time, so nothing of it needs to be saved. "cosine" falls
-    from --lr to 0 over --epochs; "plateau" (torch's defaults: to a tenth after more than ten
-    epochs without progress) watches BCE + β·KLD in training.
-    """
+    """Return the rate of the epoch after those in `log`, by torch's own scheduler. It is stepped
+    through the log each time, so nothing of it needs to be saved. "cosine" falls from --lr to 0
+    over --epochs; "plateau" (torch's defaults: to a tenth after more than ten epochs without
+    progress) watches BCE + β·KLD in training."""
     if args.lr_scheduler == "constant":
         return args.lr
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.lr)  # a stand-in, stepped lest torch warn
@@ -158,74 +152,34 @@ def learning_rate(args, log):
 
 
 def load_encoder(path):
-    """Return the network of the run at `path` for feature matching, and its digest, or two None.
-
-    The digest is a setting, since that run might be trained on in between.
-    """
-    if not path:
-        return None, None
-    run = data.read_run(Path(path))
-    return load_model(run).requires_grad_(False), run.sha256
+    """Return the network of the run at `path` for feature matching, and its weights' digest, which
+    is a setting, for that run might be trained on in between. Two None without a path."""
+    run = data.read_run(Path(path)) if path else None
+    return (load_model(run).requires_grad_(False), run.sha256) if run else (None, None)
 
 
-def feature_distance(encoder, reconstruction, x):
-    """Return the squared distance, summed, of what the encoder's hidden layers make of the two.
-
-    This is feature matching (Hou et al., 2017, there with VGG).
-    """
-    pairs = zip(encoder.features(reconstruction), encoder.features(x))
-    return sum(F.mse_loss(*pair, reduction="sum") for pair in pairs)
-
-
-# ------------------------------------------------------------------------------------------
-# Resuming
-
-
-def open_run(path, settings):
-    """Return the state that a run goes on from, None for a new one, and what writes the run.
-
-    A folder is made if need be; files that show the state are written anew. Raises UserError if
-    there is a run with other settings, or files of one without (or with a damaged) state.pth.
-    """
-    state, seen = data.read(path / data.STATE, parse_state_and_digest) or (None, None)
-    if state:
-        check_settings(path, state["config"], settings)
-    elif any((path / name).exists() for name in data.RUN_FILES):
-        config = data.read(path / data.CONFIG, data.parse_config)
-        command = data.train_command(config or settings, "runs/anew")
-        raise data.UserError(f"{path} has no {data.STATE} to go on from; elsewhere: {command}")
-    path.mkdir(parents=True, exist_ok=True)
-    writer = Writer(path, seen)
-    if state:
-        writer.write_views(state)
-    return state, writer
-
-
-def check_settings(path, config, settings):
-    """Raise UserError, naming the first that differs, unless a run has these settings."""
-    there = {**config, **data.settings_of(config)}
-    # An encoder is known by its digest, wherever it lies; a cosine's rates depend on the epochs.
-    free = ["feature_run"] if settings["lr_scheduler"] == "cosine" else ["feature_run", "epochs"]
-    for name, value in settings.items():
-        if name not in free and there.get(name) != value:
-            differs = f"{name} {there.get(name)}, not {value}"
-            raise data.UserError(f"{path} has {differs}: choose another --run")
-
-
-def parse_state_and_digest(content):
-    return data.parse_state(content), data.sha256(content)
+# --- Resuming -----------------------------------------------------------------------------
 
 
 class Writer:
-    """What keeps a run in its folder: state.pth, and then the files that show what is in it.
+    """What opens a folder for a run with these settings, and then keeps it there. `run` is the
+    data.Run to go on from, or None. Raises UserError if the folder has a run with other settings,
+    or files of one without (or with a damaged) state.pth. Another train.py may choose the same
+    folder, and locks fail on many file systems. So before state.pth is replaced it must be the one
+    that was last read or written here, by its digest."""
 
-    Another train.py may have chosen the same folder, and locks fail on many file systems. So
-    before state.pth is replaced it must be the one that was last read or written here, by its
-    digest (None: there is none).
-    """
-
-    def __init__(self, path, seen):
-        self.path, self.seen, self.remarks = path, seen, set()
+    def __init__(self, path, settings):
+        self.path, self.run, self.remarks = path, None, set()
+        self.seen = data.read(path / data.STATE, data.sha256)
+        if self.seen:
+            self.run = data.read_run(path)
+            check_settings(self.run, settings)
+            self.write_views(self.run.settings, self.run.weights, self.run.log)
+        elif any((path / name).exists() for name in data.RUN_FILES):
+            there = data.read(path / data.CONFIG, data.parse_config)
+            command = data.train_command(there or settings, "runs/anew")
+            raise data.UserError(f"{path} has no {data.STATE} to go on from; elsewhere: {command}")
+        path.mkdir(parents=True, exist_ok=True)
 
     def save(self, config, model, optimizer, log):
         """Write the run as it is after an epoch; UserError if another train.py wrote there."""
@@ -235,51 +189,53 @@ class Writer:
         if data.read(self.path / data.STATE, data.sha256) != self.seen:
             raise data.UserError(f"{self.path} was changed: another train.py is at work in it")
         self.seen = data.write(self.path / data.STATE, state)
-        self.write_views(state)
+        self.write_views(config, weights, log)
 
-    def write_views(self, state):
+    def write_views(self, *views):
         """Write what shows the state; one that a spreadsheet holds, say, is worth a remark."""
-        views = {data.CONFIG: "config", data.WEIGHTS: "model", data.LOG: "log"}
-        for name, part in views.items():
+        for name, view in zip((data.CONFIG, data.WEIGHTS, data.LOG), views):
             try:
-                data.write(self.path / name, state[part])
+                data.write(self.path / name, view)
             except data.UserError as error:
                 if name not in self.remarks:
                     print(f"Remark: {error}; {data.STATE} has it.", file=sys.stderr)
                 self.remarks.add(name)
 
 
-def load_moments(optimizer, moments, path):
-    """Give Adam its moments back; UserError if they are not of this network.
+def check_settings(run, settings):
+    """Raise UserError, naming the first that differs, unless a run has these settings."""
+    # An encoder is known by its digest, wherever it lies; a cosine's rates depend on the epochs.
+    free = ["feature_run"] if settings["lr_scheduler"] == "cosine" else ["feature_run", "epochs"]
+    for name, value in settings.items():
+        if name not in free and run.settings.get(name) != value:
+            differs = f"{name} {run.settings.get(name)}, not {value}"
+            raise data.UserError(f"{run.path} has {differs}: choose another --run")
 
-    They are laid out in memory as the weights are, for fused Adam takes all three in the order
-    in which they lie there, and a run may have begun on a device with another.
-    """
-    groups = optimizer.state_dict()["param_groups"]
+
+def load_moments(optimizer, run):
+    """Give Adam the moments of a run; UserError if they are not of this network. They are laid out
+    in memory as the weights are, for fused Adam takes all three in the order in which they lie
+    there, and a run may have begun on a device with another."""
+    parameters = optimizer.param_groups[0]["params"]
     try:
-        optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        for parameter in optimizer.param_groups[0]["params"]:
-            state = optimizer.state[parameter]
+        for parameter, moments in zip(parameters, run.moments.values(), strict=True):
             for name in ("exp_avg", "exp_avg_sq"):
-                if state[name].shape != parameter.shape:
-                    raise ValueError
-                state[name] = torch.empty_like(parameter).copy_(state[name])
+                moment = moments[name].reshape(parameter.shape)
+                moments[name] = torch.empty_like(parameter).copy_(moment)
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": run.moments})
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        problem = "has Adam's moments of another network"
-        raise data.UserError(f"{path / data.STATE} {problem}: choose another --run") from error
+        problem = "has Adam's moments of another network: choose another --run"
+        raise data.UserError(f"{run.path / data.STATE} {problem}") from error
 
 
-# ------------------------------------------------------------------------------------------
-# Devices and speed
+# --- Devices and speed --------------------------------------------------------------------
 
 
 def choose_device(asked, model, x):
-    """Return `asked`, or for "auto" the first of cuda, mps and cpu that is there and can be used.
-
-    A device is used only if it computes what the CPU computes: the loss of images x and its
-    gradient for each layer, by a copy of `model` with z = μ, within 10 % of the norm (rounding
-    alone makes 1.7 % in DeepConvVAE). UserError if one that was asked for does not.
-    """
+    """Return `asked`, or for "auto" the first of cuda, mps and cpu that is there and can be used. A
+    device is used only if it computes what the CPU computes: the loss of images x and its gradient
+    for each layer, by a copy of `model` with z = μ, within 10 % of the norm (rounding alone makes
+    1.7 % in DeepConvVAE). UserError if one that was asked for does not."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     for name in [name for name, is_there in there.items() if asked in (name, is_there and "auto")]:
         try:
@@ -289,7 +245,7 @@ def choose_device(asked, model, x):
                     raise ArithmeticError("it computes other gradients than the CPU")
             return name
         except Exception as error:  # a driver, a card, its memory, a kernel: all fail differently
-            reason = f"{name} cannot be used: {str(error).strip().partition(chr(10))[0]}"
+            reason = f"{name} cannot be used: {data.reason(error)}"
             if asked != "auto":
                 raise data.UserError(f"--device {reason}; --device cpu can") from error
             print(f"Remark: {reason}", file=sys.stderr)
@@ -297,10 +253,8 @@ def choose_device(asked, model, x):
 
 
 def loss_and_gradients(model, x, device):
-    """Return the loss of images x and its gradient for each layer, without noise, on the CPU.
-
-    Of a layer's parameters together, for those of a bias before BatchNorm are 0 but for rounding.
-    """
+    """Return the loss of images x and its gradient for each layer, without noise, on the CPU. Of a
+    layer's parameters together, for those of a bias before BatchNorm are 0 but for rounding."""
     model = copy.deepcopy(model).to(device, memory_format=memory_format(device)).train()
     x = x.to(device)
     mu, logvar = model.encode(x)
@@ -313,31 +267,14 @@ def loss_and_gradients(model, x, device):
 
 def memory_format(device):
     """Return the order of a network's values: channels last is faster, but was wrong on mps.
-
-    PyTorch's issues 107214 and 175189: silently other gradients.
-    """
+    PyTorch's issues 107214 and 175189: silently other gradients."""
     return torch.contiguous_format if device == "mps" else torch.channels_last
 
 
-def make_optimizer(model, device, lr_scheduler):
-    """Return Adam with the report's settings but for the rate, which `set_rate` sets each epoch."""
-    # A captured step reads the rate from the device at each replay, if it changes at all.
-    on_device = device == "cuda" and lr_scheduler != "constant"
-    lr = torch.zeros((), device=device) if on_device else 0.0
-    return torch.optim.Adam(model.parameters(), lr=lr, fused=True, capturable=device == "cuda")
-
-
-def set_rate(optimizer, rate):
-    group = optimizer.param_groups[0]
-    group["lr"] = group["lr"].fill_(rate) if torch.is_tensor(group["lr"]) else rate
-
-
 class CapturedStep:
-    """A training step recorded once as a CUDA graph and then replayed.
-
-    Otherwise a GPU waits for the launch of each small kernel. The first batches run as they are,
-    for cuDNN chooses its algorithms and Adam makes its state; so does a batch of another size.
-    """
+    """A training step recorded once as a CUDA graph and then replayed. Otherwise a GPU waits for
+    the launch of each small kernel. The first batches run as they are, for cuDNN chooses its
+    algorithms and Adam makes its state; so does a batch of another size."""
 
     def __init__(self, step, batch_size):
         self.step, self.batch_size = step, batch_size
