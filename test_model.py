@@ -36,19 +36,10 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 import classify
 import data
+import model as networks
 import plots
 import train
-from model import (
-    MODELS,
-    ConvVAE,
-    FullyConnectedVAE,
-    TransposedConv2d,
-    active_dimensions,
-    latent_means,
-    load_model,
-    loss_function,
-    sample_mixture,
-)
+from model import MODELS, ConvVAE, latent_means, load_model
 from results import summary
 from results.speed import ReportVAE, report_loss
 
@@ -60,8 +51,7 @@ torch.set_num_threads(1)  # threads wait for each other on a busy machine
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
-# ------------------------------------------------------------------------------------------
-# A tiny data set in the real format, and scripts as functions
+# --- A tiny data set in the real format, and scripts as functions -------------------------
 
 
 def idx(array):  # the format of the MNIST family
@@ -196,8 +186,7 @@ def assert_same_training(run, other):
     assert all(torch.equal(weights[name], others[name]) for name in weights)
 
 
-# ------------------------------------------------------------------------------------------
-# The model, its loss and the data
+# --- The model, its loss and the data -----------------------------------------------------
 
 
 def test_weights_go_both_ways_with_the_report():
@@ -214,7 +203,7 @@ def test_weights_go_both_ways_with_the_report():
 
 
 def test_the_fully_connected_network_by_hand():
-    model, x = FullyConnectedVAE(7), torch.rand(3, 1, 28, 28)
+    model, x = networks.FullyConnectedVAE(7), torch.rand(3, 1, 28, 28)
     sizes = [tuple(p.shape) for p in model.parameters() if p.dim() == 2]
     assert sizes == [(400, 784), (7, 400), (7, 400), (400, 7), (784, 400)]
     torch.manual_seed(1)
@@ -233,16 +222,16 @@ def test_loss_by_hand():
     mu, logvar = torch.tensor([[0.0, 2.0]]), torch.tensor([[0.0, 0.0]])
     # log 2 for three of the pixels; −(¼ log ¾ + ¾ log ¼) for the last; ½ μ² for the KLD.
     loss = 3 * 0.6931472 + 0.25 * 0.2876821 + 0.75 * 1.3862944 + 2
-    assert loss_function(recon_x, x, mu, logvar).item() == pytest.approx(loss, rel=1e-6)
+    assert networks.loss_function(recon_x, x, mu, logvar).item() == pytest.approx(loss, rel=1e-6)
     recon_x[0, 0] = torch.nan
-    assert loss_function(recon_x, x, mu, logvar).isnan()
+    assert networks.loss_function(recon_x, x, mu, logvar).isnan()
 
 
 @pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_transposed_convolution_keeps_the_process_wide_flag(before, channels, monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", before)
-    layer, x = TransposedConv2d(4, channels, 4, 2, 1), torch.rand(2, 4, 5, 5)
+    layer, x = networks.TransposedConv2d(4, channels, 4, 2, 1), torch.rand(2, 4, 5, 5)
     torch.testing.assert_close(layer(x), nn.ConvTranspose2d.forward(layer, x))
     assert torch.backends.mkldnn.enabled is before
 
@@ -375,8 +364,7 @@ def test_spoiled_data(split, images, labels, tmp_path):
     assert contents(tmp_path / "run") == {}
 
 
-# ------------------------------------------------------------------------------------------
-# Training, and going on: state.pth is the truth
+# --- Training, and going on: state.pth is the truth ---------------------------------------
 
 
 def test_the_defaults_are_the_report_s(monkeypatch, tmp_path):
@@ -703,8 +691,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path):
     succeed("train.py", new, epochs=1, lr=0.001)
 
 
-# ------------------------------------------------------------------------------------------
-# What the report proposes
+# --- What the report proposes -------------------------------------------------------------
 
 
 def test_learning_rates():
@@ -828,8 +815,7 @@ def test_the_deep_network_by_hand():
     assert [h.shape[1] for h in model.features(TEST_X)] == [32, 64, 128, 256]
 
 
-# ------------------------------------------------------------------------------------------
-# Devices
+# --- Devices ------------------------------------------------------------------------------
 
 
 STAND_INS = {  # what another device makes of loss and gradients
@@ -945,8 +931,7 @@ def test_parts_that_lack_classes(held, tmp_path, figures):
     assert {text.get_text(): handle.get_color() for text, handle in shown} == colors
 
 
-# ------------------------------------------------------------------------------------------
-# Bad input: one line, an exit code, and nothing overwritten
+# --- Bad input: one line, an exit code, and nothing overwritten ---------------------------
 
 
 class Bomb:
@@ -974,32 +959,17 @@ def flip(content):  # within a tensor, where torch.load does not notice
     return changed
 
 
-TENSORS = [
-    flip,
-    half,
-    b"",
-    bytes(range(255, 0, -1)) * 20,
-    pickle.dumps(Bomb(), 2),
-    saved(torch.zeros(3)),
-]
+TENSORS = [flip, half, b"", bytes(range(255, 0, -1)) * 20, saved(torch.zeros(3))]
+TENSORS += [pickle.dumps(Bomb(), 2)]
 OTHERS = [saved({"weight": torch.zeros(3)}), saved({"weight": "x"}), saved({})]
-SPOILED = [
-    *[(data.STATE, "train.py", damage) for damage in TENSORS + OTHERS],
-    *[(data.WEIGHTS, "classify.py", damage) for damage in TENSORS + OTHERS],
-    *[(data.WEIGHTS, "plots.py", damage) for damage in (half, OTHERS[0])],
-    *[(data.LOG, "classify.py", damage) for damage in (half, b"", b"\xff\x00", b"a,b\n1,2\n")],
-    *[
-        (data.LOG, "plots.py", swap(*swapped))
-        for swapped in ((b"0.0005", b"nan"), (b"\n2,", b"\n3,"))
-    ],
-    *[(data.CONFIG, "classify.py", damage) for damage in (half, b"[]", b"{}", b"\xff")],
-    *[
-        (data.CONFIG, "plots.py", swap(b": 8,", b": " + new))
-        for new in (b"8.5,", b'"8",', b"9,", b"0,")
-    ],
-    *[(data.CONFIG, "plots.py", swap(b": 2,", b": " + new)) for new in (b"0,", b'"two",')],
-    *[(data.CONFIG, "classify.py", swap(b'"conv"', new)) for new in (b'"gan"', b'"fc"')],
-]
+LINES = [half, b"", b"\xff\x00", b"a,b\n1,2\n", swap(b"0.0005", b"nan"), swap(b"\n2,", b"\n3,")]
+SETTINGS = [half, b"[]", b"{}", b"\xff", swap(b'"conv"', b'"gan"'), swap(b'"conv"', b'"fc"')]
+SETTINGS += [swap(b": 8,", b": %s," % new) for new in (b"8.5", b'"8"', b"9", b"0")]
+SETTINGS += [swap(b": 2,", b": %s," % new) for new in (b"0", b'"two"')]
+FILES = {data.WEIGHTS: TENSORS + OTHERS, data.LOG: LINES, data.CONFIG: SETTINGS}
+SPOILED = [(name, "classify.py", damage) for name in FILES for damage in FILES[name]]
+SPOILED += [(data.STATE, "train.py", damage) for damage in FILES[data.WEIGHTS]]
+SPOILED += [(name, "plots.py", half) for name in FILES]
 
 
 @pytest.mark.parametrize("name, script, damage", SPOILED)
@@ -1093,8 +1063,7 @@ def test_ctrl_c_ends_in_one_line(capsys):
     assert end.value.code == 130 and capsys.readouterr().err == "Interrupted: told.\n"
 
 
-# ------------------------------------------------------------------------------------------
-# What a run is worth
+# --- What a run is worth ------------------------------------------------------------------
 
 
 def mixture_by_hand(codes, n):
@@ -1224,14 +1193,16 @@ def test_how_many_gaussians_codes_carry(n, latent_dim, gaussians, kind, monkeypa
     fits, fit = [], GaussianMixture.fit
     monkeypatch.setattr(GaussianMixture, "fit", lambda *a: fits.append(a) or fit(*a))
     images = torch.rand(n, 1, 28, 28, generator=torch.Generator().manual_seed(1))
-    z = sample_mixture(Codes(latent_dim), images, 5)
+    z = networks.sample_mixture(Codes(latent_dim), images, 5)
     mixture, codes = fits[0]
     assert (mixture.n_components, mixture.covariance_type) == (gaussians, kind)
     assert torch.equal(codes, images.flatten(1)[:10_000, :latent_dim].double())
     assert z.shape == (5, latent_dim) and z.dtype == torch.float32
-    z = sample_mixture(Codes(latent_dim), images[:1].expand(n, 1, 28, 28), 5)  # all codes equal
+    z = networks.sample_mixture(
+        Codes(latent_dim), images[:1].expand(n, 1, 28, 28), 5
+    )  # all codes equal
     assert fits[1][0].n_components == 1 and (z - images[0, 0, 0, 0]).abs().max() < 1.1
-    assert active_dimensions(images[:1].expand(n, 1, 28, 28).flatten(1)) == 0
+    assert networks.active_dimensions(images[:1].expand(n, 1, 28, 28).flatten(1)) == 0
 
 
 def test_measures_of_a_perfect_and_of_a_grey_model(monkeypatch):
@@ -1347,7 +1318,7 @@ def test_latent_space_and_confusion_matrix(run, figures):
 
 
 def test_a_code_that_has_collapsed(run, figures, capsys, monkeypatch):
-    monkeypatch.setattr(plots, "active_dimensions", active_dimensions)
+    monkeypatch.setattr(plots, "active_dimensions", networks.active_dimensions)
     weights = torch.load(run / data.WEIGHTS, weights_only=True)
     for name in ("fc_mu.weight", "fc_mu.bias"):
         weights[name].zero_()
