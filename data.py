@@ -167,7 +167,9 @@ class Run(NamedTuple):
         """Return the network and what else, `skip` apart, differs from the report's settings."""
         parts = [NETWORKS[self.settings["model"]]]
         for name, option in SETTINGS.items():
-            value = len(self.log) if name == "epochs" else self.settings[name]
+            value = self.settings[name]
+            if name == "epochs" and len(self.log) < value:
+                value = f"{len(self.log)} of {value}"
             if name not in ("model", "seed", "feature_run", *skip) and value != option["default"]:
                 value = f"{value:g}" if isinstance(value, float) else value
                 parts.append(LABELS.get(name, f"{name.replace('_', ' ')} {{}}").format(value))

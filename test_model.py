@@ -1307,19 +1307,19 @@ def test_the_classification_of_other_weights_is_not_shown(run, figures, capsys):
 TABLES = """\
 | Codes | Dimensions | n | Train loss, epoch 1 | Train loss | Test loss | Test − train | BCE − floor | KLD |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |
-| ConvVAE, 2 epochs | 8 | 2 | 400.0 ± 0.0 | 300.00 ± 0.00 | 310.50 ± 0.00 | 10.50 ± 0.00 | 25.00 ± 0.00 | 15.00 ± 0.00 |
-| ConvVAE, batch size 32, lr 0.1, 100 held out, 2 epochs | 8 | 1 | 400.0 | 300.00 | 310.50 | 10.50 | 25.00 | 15.00 |
+| ConvVAE, 2 of 100 epochs | 8 | 2 | 400.0 ± 0.0 | 300.00 ± 0.00 | 310.50 ± 0.00 | 10.50 ± 0.00 | 25.00 ± 0.00 | 15.00 ± 0.00 |
+| ConvVAE, batch size 32, lr 0.1, 100 held out, 2 of 100 epochs | 8 | 1 | 400.0 | 300.00 | 310.50 | 10.50 | 25.00 | 15.00 |
 
 | Codes | Dimensions | n | MSE × 1000 | Sharpness | Active dimensions | Accuracy, % |
 | --- | --- | --- | --- | --- | --- | --- |
-| ConvVAE, 2 epochs | 8 | 2 | 10.00 ± 0.00 | 0.500 ± 0.000 | 7.0 ± 0.0 | 55.00 ± 7.07 |
-| ConvVAE, batch size 32, lr 0.1, 100 held out, 2 epochs | 8 | 1 | 20.00 | 0.500 | 7.0 | 40.00 |
+| ConvVAE, 2 of 100 epochs | 8 | 2 | 10.00 ± 0.00 | 0.500 ± 0.000 | 7.0 ± 0.0 | 55.00 ± 7.07 |
+| ConvVAE, batch size 32, lr 0.1, 100 held out, 2 of 100 epochs | 8 | 1 | 20.00 | 0.500 | 7.0 | 40.00 |
 | PCA, 100 held out | 8 | 1 |  |  |  | 25.00 |
 | Pixels, 100 held out | 784 | 1 |  |  |  | 75.00 |
 
 | Codes | Dimensions | n | Fréchet | Precision | Recall | Fréchet, mixture | Precision, mixture | Recall, mixture |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |
-| ConvVAE, 2 epochs | 8 | 2 | 1.50 (n = 1) |  |  |  |  |  |
+| ConvVAE, 2 of 100 epochs | 8 | 2 | 1.50 (n = 1) |  |  |  |  |  |
 | Training images, 100 held out | 784 | 1 | 0.06 | 0.85 | 0.86 |  |  |  |
 """
 
