@@ -63,7 +63,7 @@ def main():
     if not metrics["active_dimensions"]:
         print("Remark: no dimension of the code is active.", file=sys.stderr)
 
-    result = {"epoch": len(run.log), "sha256": run.sha256, "accuracy": accuracy}
+    result = {"epoch": len(run.log), "sha256": data.digest(run.weights), "accuracy": accuracy}
     result |= {"recall": dict(zip(data.CLASSES, recall)), "confusion_matrix": matrix.tolist()}
     data.write(path, {**result, "baselines": baselines, **metrics})
 

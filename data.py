@@ -175,11 +175,6 @@ class Run(NamedTuple):
                 parts.append(LABELS.get(name, f"{name.replace('_', ' ')} {{}}").format(value))
         return ", ".join(parts)
 
-    @property
-    def sha256(self):
-        """The digest of the weights, or None without them."""
-        return digest(self.weights) if self.weights else None
-
 
 def train_command(settings, path):
     """Return the command that makes a run with these settings in the folder `path`."""
@@ -223,7 +218,7 @@ def read_classification(run):
     path = run.path / CLASSIFICATION
     result, problem = read(path, parse_classification), "is missing or damaged"
     if result:
-        digests = {result.get("sha256"), run.sha256} - {None}
+        digests = {result.get("sha256"), digest(run.weights) if run.weights else None} - {None}
         if result["epoch"] == len(run.log) and len(digests) < 2:
             return result
         problem = "is of other weights than the run has now"

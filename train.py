@@ -154,8 +154,10 @@ def learning_rate(args, log):
 def load_encoder(path):
     """Return the network of the run at `path` for feature matching, and its weights' digest, which
     is a setting, for that run might be trained on in between. Two None without a path."""
-    run = data.read_run(Path(path)) if path else None
-    return (load_model(run).requires_grad_(False), run.sha256) if run else (None, None)
+    if not path:
+        return None, None
+    run = data.read_run(Path(path))
+    return load_model(run).requires_grad_(False), data.digest(run.weights)
 
 
 # --- Resuming -----------------------------------------------------------------------------
