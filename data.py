@@ -70,9 +70,8 @@ def find_files(root):
     for place in (raw, Path(root), DEBIAN_PACKAGE):
         paths = []
         for name in FILES:
-            # As torchvision names it, or as Kaggle and 7-Zip do; plain or compressed.
-            names = name, name.replace("-idx", ".idx")
-            forms = [place / f"{form}{suffix}" for suffix in ("", ".gz") for form in names]
+            dotted = name.replace("-idx", ".idx")  # as Kaggle and 7-Zip name it
+            forms = (place / form for form in (name, dotted, f"{name}.gz", f"{dotted}.gz"))
             paths.append(next(filter(Path.is_file, forms), None))
         if all(paths):
             return paths
