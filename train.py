@@ -23,9 +23,8 @@ from model import BATCH, MODELS, kl_divergence, load_model, loss_function, recon
 def parse_arguments():
     """Return the command line's settings; the defaults are the report's."""
     parser = data.command_line(__doc__)
-    device_help = "auto: the first of cuda, mps and cpu that is there and computes rightly"
-    devices = ("auto", "cpu", "cuda", "mps")
-    parser.add_argument("--device", choices=devices, default="auto", help=device_help)
+    device = {"choices": ["auto", "cpu", "cuda", "mps"], "default": "auto"}
+    parser.add_argument("--device", **device, help="auto: first of cuda, mps, cpu that is right")
     for name, option in data.SETTINGS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", **option)
     args = parser.parse_args()
@@ -51,9 +50,7 @@ def main():
     model = load_model(writer.run) if writer.run else MODELS[args.model](args.latent_dim)
     device = choose_device(args.device, model, train_images[:BATCH])
     model.to(device, memory_format=memory_format(device))
-    # A captured step reads the rate from the device at each replay, if it changes at all.
-    changing = device == "cuda" and args.lr_scheduler != "constant"
-    lr = torch.zeros((), device=device) if changing else 0.0  # until the first epoch
+    lr = torch.zeros((), device=device)  # where a captured step reads the rate at each replay
     optimizer = torch.optim.Adam(model.parameters(), lr, fused=True, capturable=device == "cuda")
     if writer.run:
         load_moments(optimizer, writer.run)
@@ -71,8 +68,8 @@ def main():
         start = time.perf_counter()
         # An epoch has a seed of its own, so that a run goes on without a random state.
         torch.manual_seed((args.seed * 1_000_003 + epoch) % 2**32)
-        rate, group = learning_rate(args, log), optimizer.param_groups[0]
-        group["lr"] = group["lr"].fill_(rate) if torch.is_tensor(group["lr"]) else rate
+        rate = learning_rate(args, log)
+        optimizer.param_groups[0]["lr"] = lr.fill_(rate) if device == "cuda" else rate
         model.train()
         batches = torch.randperm(len(train_images), device=device).split(args.batch_size)
         row = {"epoch": epoch, **run_epoch("train", step, train_images, batches)}
