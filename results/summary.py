@@ -35,14 +35,9 @@ CODES = {
     "Active dimensions": ("active_dimensions", 1, 1),
     "Accuracy, %": ("accuracy", 100, 2),
 }
-SAMPLES = {
-    "Fréchet": ("frechet_samples", 1, 2),
-    "Precision": ("precision_samples", 1, 2),
-    "Recall": ("recall_samples", 1, 2),
-    "Fréchet, mixture": ("frechet_mixture_samples", 1, 2),
-    "Precision, mixture": ("precision_mixture_samples", 1, 2),
-    "Recall, mixture": ("recall_mixture_samples", 1, 2),
-}
+LIKENESS = {"Fréchet": "frechet", "Precision": "precision", "Recall": "recall"}
+SAMPLES = {title: (f"{name}_samples", 1, 2) for title, name in LIKENESS.items()}
+SAMPLES |= {f"{title}, mixture": (f"{LIKENESS[title]}_mixture_samples", 1, 2) for title in LIKENESS}
 
 
 def main():
