@@ -56,23 +56,21 @@ def main():
 
 
 def tables(folder):
-    """Return the tables of the runs in folder/*/seed*, in Markdown. Runs of a row differ in the seed
+    """Return the tables of the runs in folder/*/seed*, in Markdown. Runs of a row differ in seed
     alone; those without a classification of their present weights are left out, with a remark. What
     `--baselines` measured has rows of its own. UserError if there is no run."""
     groups, baselines = {}, {}
-    for path in sorted(folder.glob("*/seed*")):
-        run, known = read_known(path)
-        if known:
-            latent_dim, held = run.settings["latent_dim"], run.settings["hold_out"]
-            groups.setdefault((run.describe(skip=["latent_dim"]), latent_dim), []).append(known)
-            held, measured = f", {held} held out" if held else "", known.get("baselines") or {}
-            likeness = measured.pop("training_images", {}).items()
-            for name, value in measured.items():
-                codes = {"pca": ("PCA" + held, latent_dim), "pixels": ("Pixels" + held, 784)}[name]
-                baselines[codes] = [{"accuracy": value}]
-            if likeness:
-                samples = {f"{name}_samples": value for name, value in likeness}
-                baselines["Training images" + held, 784] = [samples]
+    for known in read_known(folder.glob("*/seed*")):
+        run, found = known["run"], known.get("baselines") or {}
+        latent_dim, held = run.settings["latent_dim"], run.settings["hold_out"]
+        groups.setdefault((run.describe(skip=["latent_dim"]), latent_dim), []).append(known)
+        held = f", {held} held out" if held else ""
+        for name, codes in {"pca": ("PCA", latent_dim), "pixels": ("Pixels", 784)}.items():
+            if name in found:
+                baselines[codes[0] + held, codes[1]] = [{"accuracy": found[name]}]
+        if "training_images" in found:
+            samples = {f"{name}_samples": x for name, x in found["training_images"].items()}
+            baselines["Training images" + held, 784] = [samples]
     if not groups:
         raise data.UserError(f"{folder} holds no classified runs <setting>/seed<n>")
     forests = data.read(folder / "pixels.json", json.loads)
@@ -104,29 +102,27 @@ def spread(values, digits):
     return f"{mean(values):.{digits}f}{deviation}" if values else ""
 
 
-def read_known(path):
-    """Return a run and what is known of it by name, None without a classification."""
-    run = data.read_run(path)
-    result, last = data.read_classification(run), run.log[-1]
-    gap, first_loss = last["test_loss"] - last["train_loss"], run.log[0]["train_loss"]
-    return run, result and {**last, **result, "gap": gap, "first_loss": first_loss}
+def read_known(paths):
+    """Return what is known by name of each run at `paths` that has a classification."""
+    known = []
+    for run in map(data.read_run, sorted(paths)):
+        last, result = run.log[-1], data.read_classification(run)
+        gap, first_loss = last["test_loss"] - last["train_loss"], run.log[0]["train_loss"]
+        if result:
+            known.append({**last, **result, "gap": gap, "first_loss": first_loss, "run": run})
+    return known
 
 
 def seeds(name):
     """Return what is known of each seed of a setting."""
-    return [read_known(path)[1] for path in sorted((HERE / name).iterdir())]
-
-
-def logs():
-    """Return the loss logs of the baseline's seeds."""
-    return [data.read_run(path).log for path in sorted((HERE / "latent32").iterdir())]
+    return read_known((HERE / name).iterdir())
 
 
 def spreads():
     """Return what the pages say of the losses' course, over the baseline's seeds."""
-    lines = []
+    lines, logs = [], [known["run"].log for known in seeds("latent32")]
     for epochs, loss in ((10, "train_loss"), (10, "test_loss"), (50, "test_loss")):
-        falls = spread([log[-1 - epochs][loss] - log[-1][loss] for log in logs()], 2)
+        falls = spread([log[-1 - epochs][loss] - log[-1][loss] for log in logs], 2)
         lines.append(f"{loss} falls in the last {epochs} epochs by {falls}")
     return "\n".join(lines)
 
@@ -222,9 +218,9 @@ def draw_losses():
     """Return the losses of the baseline's seeds from the second epoch on."""
     figure = Figure(figsize=(8.8, 4), layout="constrained")
     axis = figure.subplots()
-    for log in logs():
+    for known in seeds("latent32"):
         for split, color in (("train", "C0"), ("test", "C1")):
-            points = zip(*((row["epoch"], row[f"{split}_loss"]) for row in log[1:]))
+            points = zip(*((row["epoch"], row[f"{split}_loss"]) for row in known["run"].log[1:]))
             axis.plot(*points, color=color, linewidth=0.8)
     axis.axhline(236, color="0.4", linestyle="--")
     axis.text(32, 240, "test", color="C1", fontsize=16)
