@@ -237,20 +237,18 @@ def draw_beta():
     measures = ("excess_bce", "kld", "accuracy", "active_dimensions")
     bce, kld, accuracy, active = ([mean(r[name] for r in row) for row in runs] for name in measures)
     figure = Figure(figsize=(8.8, 4.4), layout="constrained")
-    axes = figure.subplot_mosaic([["terms", "accuracy"], ["terms", "active"]])
-    axes["terms"].plot(bce, kld, "o-")
+    terms, upper, lower = figure.subplot_mosaic("ab;ac").values()
+    terms.plot(bce, kld, "o-")
     for beta, *point in zip(names, bce, kld):
-        axes["terms"].annotate(f"β = {beta}", point, (8, 5), textcoords="offset points")
-    limits = {"xlim": (0, 62), "ylim": (0, 65)}
-    axes["terms"].set(xlabel="BCE above its floor, nats", ylabel="KLD, nats", **limits)
-    axes["accuracy"].semilogx([*names], [100 * share for share in accuracy], "o-")
-    axes["accuracy"].set(title="accuracy, %", ylim=(84, 88.5))
-    axes["active"].semilogx([*names], active, "o-")
-    axes["active"].set(title="active dimensions, of 32", yticks=(0, 16, 32), xlabel="β")
-    for axis in (axes["accuracy"], axes["active"]):
+        terms.annotate(f"β = {beta}", point, (8, 5), textcoords="offset points")
+    terms.set(xlabel="BCE above its floor, nats", ylabel="KLD, nats", xlim=(0, 62), ylim=(0, 65))
+    for axis, values in ((upper, [100 * share for share in accuracy]), (lower, active)):
+        axis.semilogx([*names], values, "o-")
         axis.minorticks_off()
         axis.set_xticks([*names], [*names])
         axis.grid(alpha=0.3)
+    upper.set(title="accuracy, %", ylim=(84, 88.5))
+    lower.set(title="active dimensions, of 32", yticks=(0, 16, 32), xlabel="β")
     return figure
 
 
