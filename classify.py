@@ -112,15 +112,14 @@ def gradient_energy(images):
 
 
 def compare(samples, images, pca):
-    """Return how like `images` [N, 1, 28, 28] the `samples` [M, 1, 28, 28] are, by name.
-    Both are taken as points, by `pca`, which was fitted to the pixels of training images.
+    """Return how like `images` [N, 1, 28, 28] `samples` [M, 1, 28, 28] are, both taken as points by
+    `pca`, which was fitted to the pixels of training images. There is no Inception network in it,
+    so none of the three compares with others' figures.
     - frechet: ‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2 (Σ₁Σ₂)^½) of the Gaussians fitted to the two sets
       (Heusel et al., 2017): 0 if means and covariances agree; lower is better.
     - precision: share of samples that lie among images, that is, no farther from some image than
       its k-th nearest other image; recall: of images that lie among samples (Kynkäänniemi et al.,
-      2019). From 0 to 1; higher is better, but blur raises precision, towards the middle of the
-      data, so that of real images is below that of blurred ones.
-    There is no Inception network in it, so none of the three compares with others' figures."""
+      2019). From 0 to 1, higher is better, but blur raises precision: real images have less."""
     points = [torch.tensor(pca.transform(x.flatten(1).double())) for x in (samples, images)]
     means = [x.mean(dim=0) for x in points]
     # With centred points A = QR a covariance is RᵀR, and tr (Σ₁Σ₂)^½ the nuclear norm of R₁R₂ᵀ.
@@ -132,7 +131,7 @@ def compare(samples, images, pca):
 
 
 def share_among(points, others, k=3):
-    """Return the share of `points` [N, D] no farther from one of `others` than its k-th neighbour."""
+    """Return the share of `points` [N, D] no farther from one of `others` than its k-th other."""
     nearest = NearestNeighbors(n_neighbors=k + 1).fit(others)  # itself and k others
     radius = torch.tensor(nearest.kneighbors(others)[0][:, -1])
     # Not by products of matrices, which put a point at some distance from itself.

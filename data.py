@@ -36,11 +36,10 @@ class UserError(Exception):
 
 
 def load_splits(root, hold_out=0):
-    """Return (images, labels) of the training split, and of the test split, of Fashion-MNIST.
-    Images are [N, 1, 28, 28] float32 in [0, 1] (the grey value over 255), labels [N] int64 in 0 to
-    9; N is 60,000 and 10,000 (Xiao et al., 2017). With `hold_out` the last so many training images
-    take the place of the test set. Other images in the same format will do. Prints what there is.
-    UserError if it is damaged, not to be had, or a part would have less than ten images."""
+    """Return (images, labels) of the training and of the test split of Fashion-MNIST (Xiao et al.,
+    2017), or of others in its format. Images are [N, 1, 28, 28] float32 in [0, 1], the grey value
+    over 255, labels [N] int64 in 0 to 9; N is 60,000 and 10,000. With `hold_out` the last so many
+    training images are the test set. UserError if they are damaged, not to be had, or too few."""
     paths = find_files(root)
     arrays = [read(path, parse_idx) for path in paths]
     splits = []
@@ -198,8 +197,7 @@ LOG_COLUMNS = ["epoch", *LOSSES, "lr", "seconds"]
 
 
 def read_run(path):
-    """Return the run in the folder `path`, from state.pth, or else from its published files. Raises
-    UserError if there is none, or if it is damaged."""
+    """Return the run in `path`, from state.pth, or else its views; UserError if none or damaged."""
     state = read(path / STATE, parse_state)
     if state:
         return Run(path, state["config"], state["log"], state["model"], state.get("optimizer"))
@@ -227,9 +225,8 @@ def read_classification(run):
 
 
 def read(path, parse):
-    """Return what `parse` makes of the bytes at `path`, or None if there is no such file. Raises
-    UserError if they are damaged. What the system says, as that a network drive is away, is no
-    damage, and passes as it is."""
+    """Return what `parse` makes of the bytes at `path`, None if there is no such file. UserError if
+    they are damaged; what the system says, as that a network drive is away, passes as it is."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -251,7 +248,7 @@ def parse_state(content):
 
 
 def parse_weights(content, part=None):
-    """Return the dict in a file of torch.save, whose `part`, or all, are tensors, running no code."""
+    """Return the dict in a file of torch.save, running no code; its `part`, or all, are tensors."""
     file = io.BytesIO(content)
     if zipfile.is_zipfile(file) and zipfile.ZipFile(file).testzip():
         raise ValueError("a checksum is wrong")  # at which torch.load does not look
@@ -316,9 +313,9 @@ def sha256(content):
 
 
 def write(path, content):
-    """Write `content` to `path` in the format of its suffix, whole or not at all. .pth: what
-    torch.save takes; .json: what json.dumps takes; .csv: a loss log; .png: a figure. Return the
-    SHA-256 of the file; raise UserError if it cannot be written."""
+    """Write `content` to `path` whole or not at all: to .pth what torch.save takes, to .json what
+    json.dumps takes, to .csv a loss log, to .png a figure. Return the file's SHA-256; UserError if
+    it cannot be written."""
     buffer = io.BytesIO()
     if path.suffix == ".pth":
         torch.save(content, buffer)

@@ -12,10 +12,9 @@ BATCH = 128  # images at a time where none is trained on
 
 
 class VAE(nn.Module):
-    """What the networks share: sampling z and the forward pass (Kingma & Welling, 2014). Images are
-    [N, 1, 28, 28] float32 in [0, 1], latent vectors [N, latent_dim]. A subclass gives `features`,
-    what its hidden layers make of images, the last of which `fc_mu` and `fc_log` take, and
-    `decode`, from z to images."""
+    """What the networks share (Kingma & Welling, 2014). Images are [N, 1, 28, 28] float32 in [0,
+    1], latent vectors [N, latent_dim]. A subclass gives `features`, what its hidden layers make of
+    images, the last of which `fc_mu` and `fc_log` take, and `decode`, from z to images."""
 
     def encode(self, x):
         """Return μ(x) and log σ²(x), both [N, latent_dim]."""
@@ -148,7 +147,7 @@ def load_model(run):
     try:
         model.load_state_dict(run.weights)
     except RuntimeError as error:
-        problem = f"settings ({data.CONFIG}) and weights ({data.WEIGHTS}) of different networks"
+        problem = f"{data.WEIGHTS} is of another network than {data.CONFIG}"
         raise data.UserError(f"{run.path}: {problem}") from error
     return model.eval()
 
@@ -162,17 +161,16 @@ def latent_means(model, images):
 
 
 def active_dimensions(mu):
-    """Return in how many of its dimensions a code μ [N, latent_dim] tells images apart. By the
-    criterion for an active unit of Burda et al. (2016): a variance above 0.01."""
+    """Return how many dimensions of μ [N, latent_dim] are active: a variance above 0.01 (Burda et
+    al., 2016)."""
     return (mu.var(dim=0) > 0.01).sum().item()
 
 
 def sample_mixture(model, images, n):
-    """Return n codes [n, latent_dim] from a mixture of Gaussians fitted to μ of images. An estimate
-    of where codes lie, in place of N(0, I) (Ghosh et al., 2020): 50 Gaussians, fitted to the first
-    10,000 images, as chosen in results/mixture.txt; fewer where a Gaussian would have fewer than
-    six different codes a dimension. Above 128 dimensions the covariances are diagonal, for the time
-    that full ones take grows with the cube of the dimensions."""
+    """Return n codes [n, latent_dim] from a mixture of Gaussians fitted to μ of images, an estimate
+    of where codes lie (Ghosh et al., 2020). It has 50, fitted to the first 10,000 images, as chosen
+    in results/mixture.txt, or fewer, so that each has at least six different codes a dimension.
+    Above 128 dimensions covariances are diagonal, for the time of full ones grows with their cube."""
     from sklearn.mixture import GaussianMixture  # here, for train.py needs no second to load it
 
     mu = latent_means(model, images[:10_000]).double()

@@ -162,10 +162,10 @@ def load_encoder(path):
 
 class Writer:
     """What opens a folder for a run with these settings, and then keeps it there. `run` is the
-    data.Run to go on from, or None. Raises UserError if the folder has a run with other settings,
-    or files of one without (or with a damaged) state.pth. Another train.py may choose the same
-    folder, and locks fail on many file systems. So before state.pth is replaced it must be the one
-    that was last read or written here, by its digest."""
+    data.Run to go on from, or None. UserError if the folder has a run with other settings, or files
+    of one without (or with a damaged) state.pth. Another train.py may choose the same folder, and
+    locks fail on many file systems: so before state.pth is replaced it must, by its digest, be the
+    one that was last read or written here."""
 
     def __init__(self, path, settings):
         self.path, self.run, self.remarks = path, None, set()
@@ -213,8 +213,8 @@ def check_settings(run, settings):
 
 def load_moments(optimizer, run):
     """Give Adam the moments of a run; UserError if they are not of this network. They are laid out
-    in memory as the weights are, for fused Adam takes all three in the order in which they lie
-    there, and a run may have begun on a device with another."""
+    in memory as the weights are, for fused Adam heeds no strides, and the run may have begun on a
+    device with another order."""
     parameters = optimizer.param_groups[0]["params"]
     try:
         for parameter, moments in zip(parameters, run.moments.values(), strict=True):
@@ -231,10 +231,10 @@ def load_moments(optimizer, run):
 
 
 def choose_device(asked, model, x):
-    """Return `asked`, or for "auto" the first of cuda, mps and cpu that is there and can be used. A
-    device is used only if it computes what the CPU computes: the loss of images x and its gradient
-    for each layer, by a copy of `model` with z = μ, within 10 % of the norm (rounding alone makes
-    1.7 % in DeepConvVAE). UserError if one that was asked for does not."""
+    """Return `asked`, or for "auto" the first of cuda, mps and cpu that is there and computes what
+    the CPU computes: loss of images x and gradient for each layer, by a copy of `model` with z = μ,
+    within 10 % of the norm (rounding alone makes 1.7 % in DeepConvVAE). UserError if one that was
+    asked for does not."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     for name in [name for name, is_there in there.items() if asked in (name, is_there and "auto")]:
         try:
