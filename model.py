@@ -170,7 +170,7 @@ def sample_mixture(model, images, n):
     """Return n codes [n, latent_dim] from a mixture of Gaussians fitted to μ of images, an estimate
     of where codes lie (Ghosh et al., 2020). It has 50, fitted to the first 10,000 images, as chosen
     in results/mixture.txt, or fewer, so that each has at least six different codes a dimension.
-    Above 128 dimensions covariances are diagonal, for the time of full ones grows with their cube."""
+    Above 128 dimensions covariances are diagonal: full ones take time with the cube of these."""
     from sklearn.mixture import GaussianMixture  # here, for train.py needs no second to load it
 
     mu = latent_means(model, images[:10_000]).double()
