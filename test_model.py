@@ -95,6 +95,7 @@ FOLDER = tempfile.TemporaryDirectory()
 TINY = write_data(Path(FOLDER.name), raw_files())
 SOURCE = f"600 training and 225 test images from {TINY / 'FashionMNIST' / 'raw'}"
 UNKNOWN = " (Remark: they are not Fashion-MNIST's.)"
+REAL_SHA256 = data.SHA256
 data.SHA256 = hashlib.sha256(b"".join(x.byte().numpy() for x in (*TRAIN, *TEST))).hexdigest()
 
 
@@ -108,13 +109,12 @@ def options_of(run, **options):
 
 def call(script, *options):
     """Run a script in this process; return its exit code and, if it failed, its last word."""
-    argv, sys.argv = sys.argv, [script, *map(str, options)]
-    try:
-        data.run_script(SCRIPTS[script].main, "told")
-    except SystemExit as end:
-        return (1, end.code + "\n") if isinstance(end.code, str) else (end.code, "")
-    finally:
-        sys.argv = argv
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [script, *map(str, options)])
+        try:
+            data.run_script(SCRIPTS[script].main, "told")
+        except SystemExit as end:
+            return (1, end.code + "\n") if isinstance(end.code, str) else (end.code, "")
     return 0, ""
 
 
@@ -191,6 +191,19 @@ def edit_tensors(path, change):
     torch.save(content, path)
 
 
+def spoil(path, damage):
+    """Change a file by a function of its content, or put other content into it."""
+    path.write_bytes(damage(path.read_bytes()) if callable(damage) else damage)
+
+
+def half(content):
+    return content[: len(content) // 2]
+
+
+def swap(old, new):
+    return lambda content: content.replace(old, new)
+
+
 def publish(run, change=lambda weights: None):
     """Make of a run one without state.pth, whose weights were changed."""
     (run / data.STATE).unlink(missing_ok=True)
@@ -206,8 +219,7 @@ def log_of(run):
 def assert_same_training(run, other):
     assert log_of(run) == log_of(other)
     weights, others = (torch.load(r / data.WEIGHTS, weights_only=True) for r in (run, other))
-    assert weights.keys() == others.keys()
-    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    torch.testing.assert_close(weights, others, rtol=0, atol=0)
 
 
 # --- The networks, their loss and the data -------------------------------------------------
@@ -221,8 +233,7 @@ def test_weights_go_both_ways_with_the_report():
     for model in (ours, theirs, back):
         torch.manual_seed(1)
         outputs.append(model(x))
-    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(outputs[0], outputs[2], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(outputs[1:], [outputs[0]] * 2, rtol=1e-5, atol=1e-6)
     assert sum(parameter.numel() for parameter in ConvVAE().parameters()) == 440_833
 
 
@@ -234,25 +245,23 @@ def test_the_fully_connected_network_by_hand():
     recon, mu, logvar = model(x)
     torch.manual_seed(1)
     h = model.fc_enc(x.reshape(3, 784)).relu()
-    torch.testing.assert_close((mu, logvar), (model.fc_mu(h), model.fc_log(h)))
     z = mu + (logvar / 2).exp() * torch.randn(3, 7)
     picture = model.fc_out(model.fc_dec(z).relu()).sigmoid().reshape(3, 1, 28, 28)
-    torch.testing.assert_close(recon, picture)
+    torch.testing.assert_close((recon, mu, logvar), (picture, model.fc_mu(h), model.fc_log(h)))
 
 
 def test_the_deep_network_by_hand():
     torch.manual_seed(1)
     model, h = MODELS["deep"](8).train(), TEST_X
     model(h)  # so that its running means are not zero
-    model.eval()
+    mu = model.eval().encode(TEST_X)[0]
     for layer, norm, _ in model.enc:
         h = F.leaky_relu(norm(layer(h)), 0.2)
-    torch.testing.assert_close(model.encode(TEST_X)[0], model.fc_mu(h.flatten(1)))
-    h = F.leaky_relu(model.fc_dec(model.encode(TEST_X)[0]), 0.2).view(-1, 256, 3, 3)
+    torch.testing.assert_close(mu, model.fc_mu(h.flatten(1)))
+    h = F.leaky_relu(model.fc_dec(mu), 0.2).view(-1, 256, 3, 3)
     for layer, norm, _ in model.dec[:-1]:
         h = F.leaky_relu(norm(layer(h)), 0.2)
-    picture = model.dec[-1](h).sigmoid()
-    torch.testing.assert_close(model.decode(model.encode(TEST_X)[0]), picture)
+    torch.testing.assert_close(model.decode(mu), model.dec[-1](h).sigmoid())
     assert sum(p.numel() for p in MODELS["deep"]().parameters()) == 1_144_193
     assert [h.shape[1] for h in model.features(TEST_X)] == [32, 64, 128, 256]
 
@@ -260,7 +269,7 @@ def test_the_deep_network_by_hand():
 def test_loss_by_hand():
     x = torch.tensor([[0.0, 1.0], [0.5, 0.25]])
     recon_x = torch.tensor([[0.5, 0.5], [0.5, 0.75]])
-    mu, logvar = torch.tensor([[0.0, 2.0]]), torch.tensor([[0.0, 0.0]])
+    mu, logvar = torch.tensor([[0.0, 2.0]]), torch.zeros(1, 2)
     # log 2 for three of the pixels; −(¼ log ¾ + ¾ log ¼) for the last; ½ μ² for the KLD.
     loss = 3 * 0.6931472 + 0.25 * 0.2876821 + 0.75 * 1.3862944 + 2
     assert networks.loss_function(recon_x, x, mu, logvar).item() == pytest.approx(loss, rel=1e-6)
@@ -277,110 +286,81 @@ def test_transposed_convolution_keeps_the_process_wide_flag(before, channels, mo
     assert torch.backends.mkldnn.enabled is before
 
 
-def check_data(root):
-    for (x, y), split in zip(data.load_splits(root), (TRAIN, TEST), strict=True):
+def check_data(root, test_split=TEST):
+    for (x, y), split in zip(data.load_splits(root), (TRAIN, test_split), strict=True):
         assert x.dtype == torch.float32 and torch.equal(x, split[0][:, None] / 255)
         assert y.dtype == torch.int64 and torch.equal(y, split[1])
 
 
-@pytest.mark.parametrize("dotted", [False, True])
-@pytest.mark.parametrize("suffix", ["", ".gz"])
-@pytest.mark.parametrize("where", ["FashionMNIST/raw", ".", "package"])
-def test_data_is_read_where_it_lies(where, suffix, dotted, tmp_path, monkeypatch, capsys):
+def test_data_is_read_where_it_lies(tmp_path, monkeypatch, capsys):
+    """Each place, and in it each form of the files, goes before those that came until then. The
+    first place that has any file must have all: it is never filled from another."""
+    root = tmp_path / "root"
     monkeypatch.setattr(data, "DEBIAN_PACKAGE", tmp_path / "package")
-    place = tmp_path / where
-    place.mkdir(parents=True, exist_ok=True)
-    for name, content in raw_files().items():
-        name = name.replace("-idx", ".idx") if dotted else name
-        (place / f"{name}{suffix}").write_bytes(gzip.compress(content) if suffix else content)
-    before = {name: content for name, content in contents(place).items()}
-    check_data(tmp_path)
-    assert contents(place) == before
-    assert capsys.readouterr() == (f"600 training and 225 test images from {place}\n", "")
-
-
-def test_one_place_is_never_filled_from_another(tmp_path, monkeypatch, capsys):
-    """The first that has any file must have all; a plain file goes before others."""
-    raw, files = tmp_path / "FashionMNIST" / "raw", raw_files(TRAIN, TRAIN)
-    monkeypatch.setattr(data, "DEBIAN_PACKAGE", tmp_path / "package")
-    places = [tmp_path / "package", tmp_path, raw]
-    for place, number in zip(places, (40, 50, 60)):
-        place.mkdir(parents=True, exist_ok=True)
-        for name in ("t10k-labels.idx1-ubyte", "t10k-labels-idx1-ubyte.gz"):
-            (place / name).write_bytes(b"damaged")
-        message = fail("train.py", tmp_path / "run", data=tmp_path)
+    forms = {(".idx", ".gz"): 40, ("-idx", ".gz"): 50, (".idx", ""): 60, ("-idx", ""): 225}
+    for place in (tmp_path / "package", root, root / "FashionMNIST" / "raw"):
+        place.mkdir(parents=True)
+        (place / "t10k-labels.idx1-ubyte.gz").write_bytes(b"damaged")
+        message = fail("train.py", tmp_path / "run", data=root)
         assert f"{place} has some files of the data set, but not train-images-idx3-ubyte" in message
-        files = raw_files(TRAIN, [part[:number] for part in TEST])
-        for name, content in files.items():
-            (place / name).write_bytes(content)
-        (_, _), (x, _) = data.load_splits(tmp_path)
-        assert torch.equal(x, TEST_X[:number])
-        told = f"600 training and {number} test images from {place}{UNKNOWN}\n"
-        assert capsys.readouterr().out == told
+        for (infix, suffix), number in forms.items():
+            test_split = [part[:number] for part in TEST]
+            for name, content in raw_files(TRAIN, test_split).items():
+                path = place / f"{name.replace('-idx', infix)}{suffix}"
+                path.write_bytes(gzip.compress(content) if suffix else content)
+            before = contents(place)
+            check_data(root, test_split)
+            assert contents(place) == before
+            told = f"600 training and {number} test images from {place}"
+            told += "\n" if number == 225 else f"{UNKNOWN}\n"
+            assert capsys.readouterr() == (told, "")
 
 
 @pytest.mark.skipif(not data.DEBIAN_PACKAGE.exists(), reason="needs Debian's package")
-def test_the_real_data_is_known(tmp_path):
-    program = f"import data; print(data.load_splits({str(tmp_path)!r})[0][0].mean().item())"
-    line = [sys.executable, "-c", program]
-    done = subprocess.run(line, cwd=HERE, check=True, capture_output=True, text=True)
-    told, mean = done.stdout.splitlines()
-    assert told == f"60,000 training and 10,000 test images from {data.DEBIAN_PACKAGE}"
-    assert float(mean) == pytest.approx(0.2860, abs=5e-5) and done.stderr == ""
+def test_the_real_data_is_known(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "SHA256", REAL_SHA256)
+    (images, _), _ = data.load_splits(tmp_path)
+    told = f"60,000 training and 10,000 test images from {data.DEBIAN_PACKAGE}\n"
+    assert capsys.readouterr() == (told, "")
+    assert images.mean().item() == pytest.approx(0.2860, abs=5e-5)
 
 
-FAILURES = [
-    ConnectionResetError("reset\nby peer"),
-    RuntimeError("chunk"),
-    ValueError(),
-    OSError(28),
-]
-
-
-@pytest.mark.parametrize("failure", FAILURES, ids=repr)
-def test_no_data_and_no_network(failure, tmp_path, monkeypatch, capsys):
-    def fetch(root, download):
-        (Path(root) / "FashionMNIST" / "raw").mkdir(parents=True)
-        raise failure
-
-    monkeypatch.setattr(data, "DEBIAN_PACKAGE", tmp_path / "absent")
-    monkeypatch.setattr(data, "FashionMNIST", fetch)
-    message = fail("train.py", tmp_path / "run", data=tmp_path / "data")
-    assert "apt-get install" in message and str(tmp_path / "data") in message
-    assert "Downloading" in capsys.readouterr().err
-    assert not any((tmp_path / "data" / "FashionMNIST").iterdir())
-    assert contents(tmp_path / "run") == {}
-    (tmp_path / "data" / "FashionMNIST" / "raw" / "other").mkdir(parents=True)
-    message = fail("train.py", tmp_path / "run", data=tmp_path / "data")
-    assert "move them away" in message and "Downloading" not in capsys.readouterr().err
-
-
-def test_a_download_is_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_a_download_is_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
     """Also through a link, into an empty folder, and where another script has been faster."""
     monkeypatch.setattr(data, "DEBIAN_PACKAGE", tmp_path / "absent")
     (tmp_path / "link").symlink_to(tmp_path / "target")
-    (tmp_path / "empty" / "FashionMNIST" / "raw").mkdir(parents=True)
+    raw = tmp_path / "empty" / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    failures = [ConnectionResetError("a\nb"), RuntimeError("chunk"), ValueError(), OSError(28)]
 
     def fetch(staging, download):
-        if tmp_path / "faster" in Path(staging).parents:
+        if failures:
+            (Path(staging) / "FashionMNIST" / "raw").mkdir(parents=True)
+            raise failures.pop()
+        faster = tmp_path / "faster" in Path(staging).parents
+        if faster:
             write_data(tmp_path / "faster", raw_files())
-            write_data(staging, raw_files(TRAIN, TRAIN))
-        else:
-            write_data(staging, raw_files())
+        write_data(staging, raw_files(TRAIN, TRAIN if faster else TEST))
 
     monkeypatch.setattr(data, "FashionMNIST", fetch)
+    fail_there = partial(fail, "train.py", tmp_path / "run", data=tmp_path / "data")
+    while failures:
+        message = fail_there()
+        assert "apt-get install" in message and str(tmp_path / "data") in message
+        assert "Downloading" in capsys.readouterr().err
+        assert not any((tmp_path / "data" / "FashionMNIST").iterdir())
     for name in ("link", "empty", "faster"):
         check_data(tmp_path / name)
         assert [path.name for path in (tmp_path / name / "FashionMNIST").iterdir()] == ["raw"]
+    capsys.readouterr()
+    (tmp_path / "data" / "FashionMNIST" / "raw" / "other").mkdir(parents=True)
+    assert "move them away" in fail_there() and "Downloading" not in capsys.readouterr().err
+    assert contents(tmp_path / "run") == {}
 
 
-SPOILED_IMAGES = [
-    lambda content: content[:5000],
-    lambda content: gzip.compress(content)[:-30],
-    lambda content: content + b"0",
-    lambda content: content[:2] + b"\x0d" + content[3:],
-]
-SPOILED_IMAGES += [b"", bytes(range(256)) * 40, b"\0\0\x08\xff" + bytes(99)]
+SPOILED_IMAGES = [half, lambda content: content + b"0", swap(b"\0\0\x08\3", b"\0\0\x0d\3")]
+SPOILED_IMAGES += [lambda content: gzip.compress(content)[:-30], bytes(range(256)) * 40, b""]
+SPOILED_IMAGES += [b"\0\0\x08\xff" + bytes(99)]
 SPOILED_IMAGES += [idx(torch.zeros(10, 5, 5)), idx(torch.zeros(0, 28, 28))]
 SPOILED_LABELS = [idx(torch.zeros(3)), idx(torch.full((600,), 77)), b"", b"\0\0\x08\0\x07"]
 SPOILED_DATA = [("images-idx3", damage) for damage in SPOILED_IMAGES]
@@ -390,9 +370,8 @@ SPOILED_DATA += [("labels-idx1", damage) for damage in SPOILED_LABELS]
 @pytest.mark.parametrize("split", ["train", "t10k"])
 @pytest.mark.parametrize("kind, damage", SPOILED_DATA)
 def test_spoiled_data(split, kind, damage, tmp_path):
-    files, name = raw_files(TRAIN, TRAIN), f"{split}-{kind}-ubyte"
-    files[name] = damage(files[name]) if callable(damage) else damage
-    root = write_data(tmp_path / "data", files)
+    root = write_data(tmp_path / "data", raw_files(TRAIN, TRAIN))
+    spoil(root / "FashionMNIST" / "raw" / f"{split}-{kind}-ubyte", damage)
     message = fail("train.py", tmp_path / "run", data=root)
     assert f"{split}-" in message and "delete" not in message and len(message) < 400
     assert contents(tmp_path / "run") == {}
@@ -901,14 +880,6 @@ def saved(value):
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
-
-
-def half(content):
-    return content[: len(content) // 2]
-
-
-def swap(old, new):
-    return lambda content: content.replace(old, new)
 
 
 def flip(content):  # within a tensor, where torch.load does not notice
