@@ -21,6 +21,7 @@ import tempfile
 from functools import partial
 from pathlib import Path
 from statistics import NormalDist
+from unittest.mock import DEFAULT, Mock
 
 import matplotlib.image
 import numpy as np
@@ -396,17 +397,17 @@ def test_the_defaults_are_the_report_s(monkeypatch, tmp_path):
 def test_training_is_the_report_s(beta, scheduler, tmp_path):
     """Two epochs against a plain loop over the report's layers, with the same random draws."""
     run, seed, lr = tmp_path / "run", 3, 2e-3
-    proposed = {"beta": beta, "lr_scheduler": scheduler} if beta != 1 else {}
-    succeed("train.py", run, epochs=2, seed=seed, lr=lr, batch_size=64, **proposed)
+    settings = {"seed": seed, "lr": lr, "beta": beta, "lr_scheduler": scheduler}
+    succeed("train.py", run, epochs=2, batch_size=64, **settings)
     torch.manual_seed(seed)
     model = ReportVAE(8)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     rows = data.read_run(run).log
     for epoch, row in enumerate(rows, start=1):
         torch.manual_seed(seed * 1_000_003 + epoch)
-        rate = lr * (1 + math.cos(math.pi * (epoch - 1) / 2)) / 2 if proposed else lr
-        optimizer.param_groups[0]["lr"] = rate
-        losses = {"train": 0.0, "test": 0.0}
+        cosine = (1 + math.cos(math.pi * (epoch - 1) / 2)) / 2
+        rate = optimizer.param_groups[0]["lr"] = lr * cosine if scheduler == "cosine" else lr
+        losses = {"train": 0.0}
         for batch in torch.randperm(600).split(64):
             optimizer.zero_grad()
             x = TRAIN_X[batch]
@@ -453,7 +454,7 @@ def test_captured_step_is_the_step_itself():
 
 def test_what_training_says_and_writes(tmp_path, capsys, monkeypatch):
     run, clock = tmp_path / "run", iter(range(0, 10**6, 60))
-    monkeypatch.setattr(train.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(train.time, "perf_counter", partial(next, clock))
     succeed("train.py", run, epochs=2, model="fc")
     source, first, *lines = capsys.readouterr().out.splitlines()
     assert source == SOURCE and first == "FullyConnectedVAE on cpu, epochs 1 to 2"
@@ -467,52 +468,73 @@ def test_what_training_says_and_writes(tmp_path, capsys, monkeypatch):
     config |= {"feature_sha256": None, "torch": str(torch.__version__), "device": "cpu"}
     assert read_json(run / data.CONFIG) == config
     assert set(contents(run)) == {data.STATE, *VIEWS}
-
-
-def test_progress_on_a_terminal(capsys, monkeypatch):
+    # On a terminal, also how far an epoch is.
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr(train.time, "perf_counter", partial(next, iter(range(99))))
     batches, clear = torch.arange(500).split(200), f"\r{'':40}\r"
     train.run_epoch("train", lambda x: x.sum(0), torch.ones(500, 2), batches)
     steps = [f"{clear}train: {done} of 500" for done in (200, 400, 500)]
     assert capsys.readouterr().out == "".join(steps) + clear
 
 
-def test_more_epochs_train_the_rest(run, three_epochs, capsys):
-    before = contents(run)
+def test_going_on_heeds_the_settings(run, three_epochs, monkeypatch, capsys):
+    """Also one, `weight`, that is newer than the run. Only the epochs may become more."""
+    before, tables = contents(run), summary.tables(HERE / "results")
     for fewer in (1, 2):
         succeed("train.py", run, epochs=fewer)
         assert "finished: 2 epochs" in capsys.readouterr().out and contents(run) == before
+    option = {"type": data.between(float, 0, 9), "default": 1.0, "help": "new"}
+    monkeypatch.setitem(data.SETTINGS, "weight", option)
+    assert summary.tables(HERE / "results") == tables
+    others = {"latent_dim": (16, 8), "batch_size": (64, 32), "lr": (0.1, 5e-4), "seed": (1, 0)}
+    others |= {"model": ("fc", "conv"), "weight": (2.0, 1.0)}
+    for name, (value, there) in others.items():
+        message = fail("train.py", run, **{name: value})
+        assert f"has {name} {there}, not {value}:" in message and contents(run) == before
     succeed("train.py", run, epochs=3)
     assert "epochs 3 to 3" in capsys.readouterr().out
     assert_same_training(run, three_epochs)
     assert read_json(run / data.CONFIG)["epochs"] == 3
-
-
-def interrupt_after(renames, monkeypatch):
-    """Let a script be interrupted when it has put so many files in place."""
-    replace, left = os.replace, iter(range(renames))
-
-    def rename(*paths):
-        if next(left, None) is None:
-            raise KeyboardInterrupt
-        replace(*paths)
-
-    monkeypatch.setattr(os, "replace", rename)
+    assert data.read_run(run).settings["weight"] == 1.0
 
 
 # The renames of an epoch are those of the state, the settings, the weights and the log.
-@pytest.mark.parametrize("renames", [0, 1, 2, 3, 4, 5, 7, 8])
-def test_killed_between_two_files(renames, three_epochs, tmp_path, monkeypatch):
-    run = tmp_path / "run"
-    interrupt_after(renames, monkeypatch)
-    assert call("train.py", *options_of(run, epochs=3)) == (130, "")
-    monkeypatch.undo()
+KILLED = [(renames, {}) for renames in (0, 1, 2, 3, 4, 5, 7, 8)]
+KILLED += [(5, {"lr_scheduler": "cosine"}), (5, {"lr_scheduler": "plateau"})]
+KILLED += [(5, {"model": "deep"}), (5, {"hold_out": 100}), (5, {"feature_weight": 0.1})]
+
+
+@pytest.mark.parametrize("renames, proposed", KILLED)
+def test_killed_between_two_files(
+    renames, proposed, finished, three_epochs, tmp_path, monkeypatch, capsys
+):
+    run, whole, options = tmp_path / "run", three_epochs, {"epochs": 3, **proposed}
+    options |= {"feature_run": finished} if "feature_weight" in proposed else {}
+    impatient = partial(ReduceLROnPlateau, patience=0, threshold=0.9)
+    monkeypatch.setattr(train, "ReduceLROnPlateau", impatient)
+    if proposed:
+        whole = tmp_path / "whole"
+        succeed("train.py", whole, **options)
+        assert log_of(whole) != log_of(three_epochs)
+    with monkeypatch.context() as patch:
+        effects = [DEFAULT] * renames + [KeyboardInterrupt]
+        patch.setattr(os, "replace", Mock(wraps=os.replace, side_effect=effects))
+        assert call("train.py", *options_of(run, **options)) == (130, "")
     if renames:  # a run can be read whatever its views are like
         assert len(data.read_run(run).log) == (renames + 3) // 4
-    succeed("train.py", run, epochs=3)
-    assert_same_training(run, three_epochs)
-    assert contents(run).keys() == contents(three_epochs).keys()
+    succeed("train.py", run, **options)
+    assert_same_training(run, whole)
+    assert contents(run).keys() == contents(whole).keys()
+    if proposed:
+        capsys.readouterr()
+        succeed("train.py", run, **options)
+        cosine = "cosine" in proposed.values()  # all its rates were for three epochs
+        assert ("more --epochs" in capsys.readouterr().out) is not cosine
+        before, options["epochs"] = contents(run), 4
+        if cosine:
+            assert "has epochs 3, not 4" in fail("train.py", run, **options)
+            assert contents(run) == before
+        else:
+            succeed("train.py", run, **options)
 
 
 @pytest.mark.parametrize("sent", ["SIGKILL", "SIGINT"])
@@ -593,10 +615,7 @@ def test_a_view_that_is_held_is_a_remark(three_epochs, tmp_path, monkeypatch, ca
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EIO])
 def test_file_systems_without_fsync(number, run, monkeypatch):
-    def refuse(descriptor):
-        raise OSError(number, "refused")
-
-    monkeypatch.setattr(os, "fsync", refuse)
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(number, "refused")))
     if number == errno.EIO:
         assert f"{data.STATE} cannot be written: refused" in fail("train.py", run)
     else:
@@ -611,15 +630,12 @@ FAILING += [RuntimeError("DefaultCPUAllocator: can't allocate memory")]
 @pytest.mark.parametrize("error", FAILING, ids=repr)
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_what_fails_for_a_passing_reason_is_no_damage(script, error, run, monkeypatch):
-    def fails(*_, **__):
-        raise error
-
     place = (Path, "read_bytes") if isinstance(error, OSError) else (torch, "load")
-    monkeypatch.setattr(*place, fails)
-    message = fail(script, run)
+    with monkeypatch.context() as patch:
+        patch.setattr(*place, Mock(side_effect=error))
+        message = fail(script, run)
     assert re.search("stale|too many|memory", message) and str(run / data.STATE) in message
     assert "damaged" not in message and "delete" not in message
-    monkeypatch.undo()
     succeed("train.py", run, epochs=2)
 
 
@@ -631,25 +647,6 @@ def test_a_run_without_a_state_is_left_alone(files, run):
     message = fail("train.py", run)
     assert f"no {data.STATE}" in message and "--run runs/anew --latent-dim 8" in message
     assert contents(run) == before
-
-
-def test_other_settings_are_refused_by_name(run):
-    before, others = contents(run), {"latent_dim": (16, 8), "batch_size": (64, 32)}
-    others |= {"lr": (0.1, 5e-4), "seed": (1, 0), "model": ("fc", "conv")}
-    for name, (value, there) in others.items():
-        message = fail("train.py", run, **{name: value})
-        assert f"has {name} {there}, not {value}:" in message and contents(run) == before
-
-
-def test_a_setting_that_is_new(run, three_epochs, monkeypatch):
-    tables = summary.tables(HERE / "results")
-    option = {"type": data.between(float, 0, 9), "default": 1.0, "help": "new"}
-    monkeypatch.setitem(data.SETTINGS, "weight", option)
-    assert summary.tables(HERE / "results") == tables
-    assert "weight 1.0, not 2.0" in fail("train.py", run, weight=2)
-    succeed("train.py", run, epochs=3)
-    assert_same_training(run, three_epochs)
-    assert data.read_run(run).settings["weight"] == 1.0
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path):
@@ -668,12 +665,11 @@ def test_moments_of_a_run_that_began_elsewhere(run, three_epochs):
     state = torch.load(run / data.STATE, weights_only=True)
     assert not state["optimizer"][2]["exp_avg"].is_contiguous()  # as channels_last is
     for moments in state["optimizer"].values():
-        for name in ("exp_avg", "exp_avg_sq"):
-            moments[name] = moments[name].contiguous()
+        moments.update({name: tensor.contiguous() for name, tensor in moments.items()})
     torch.save(state, run / data.STATE)
     succeed("train.py", run, epochs=3)
     assert_same_training(run, three_epochs)
-    moments = state.pop("optimizer")
+    moments = state["optimizer"]
     flat = {**moments, 3: {**moments[3], "exp_avg": torch.zeros(1)}}
     for damaged in (None, {**moments, 3: {}}, flat):
         torch.save({**state, "optimizer": damaged}, run / data.STATE)
@@ -698,38 +694,6 @@ def test_learning_rates():
     assert rate("plateau", 99, falling[:12]) == pytest.approx(0.1)
     assert rate("plateau", 99, falling, beta=0.1) == 1.0  # what is minimised falls
     assert rate("constant", 4, rows) == 1.0
-
-
-PROPOSED = {"lr_scheduler": ["cosine", "plateau"], "model": ["deep"], "hold_out": [100]}
-PROPOSED |= {"feature_weight": [0.1]}
-
-
-@pytest.mark.parametrize(
-    "option, value", [(key, value) for key in PROPOSED for value in PROPOSED[key]]
-)
-def test_proposals_go_on_after_a_kill(
-    option, value, finished, three_epochs, tmp_path, monkeypatch, capsys
-):
-    run, whole, options = tmp_path / "run", tmp_path / "whole", {"epochs": 3, option: value}
-    options |= {"feature_run": finished} if option == "feature_weight" else {}
-    impatient = partial(ReduceLROnPlateau, patience=0, threshold=0.9)
-    monkeypatch.setattr(train, "ReduceLROnPlateau", impatient)
-    succeed("train.py", whole, **options)
-    assert log_of(whole) != log_of(three_epochs)
-    with monkeypatch.context() as patch:
-        interrupt_after(5, patch)
-        assert call("train.py", *options_of(run, **options)) == (130, "")
-    succeed("train.py", run, **options)
-    assert_same_training(run, whole)
-    capsys.readouterr()
-    succeed("train.py", run, **options)
-    assert ("more --epochs" in capsys.readouterr().out) == (value != "cosine")
-    before, options["epochs"] = contents(run), 4
-    if value == "cosine":  # all its rates were for three epochs
-        assert "has epochs 3, not 4" in fail("train.py", run, **options)
-        assert contents(run) == before
-    else:
-        succeed("train.py", run, **options)
 
 
 def test_feature_matching_is_part_of_what_is_minimised(finished):
