@@ -1,6 +1,7 @@
 """Tests of the whole project. They need neither the network nor the data set."""
 
 import argparse
+import copy
 import csv
 import errno
 import gzip
@@ -9,7 +10,6 @@ import io
 import json
 import math
 import os
-import pickle
 import re
 import shlex
 import shutil
@@ -21,6 +21,7 @@ import tempfile
 from functools import partial
 from pathlib import Path
 from statistics import NormalDist
+from types import SimpleNamespace
 from unittest.mock import DEFAULT, Mock
 
 import matplotlib.image
@@ -249,22 +250,6 @@ def test_the_fully_connected_network_by_hand():
     z = mu + (logvar / 2).exp() * torch.randn(3, 7)
     picture = model.fc_out(model.fc_dec(z).relu()).sigmoid().reshape(3, 1, 28, 28)
     torch.testing.assert_close((recon, mu, logvar), (picture, model.fc_mu(h), model.fc_log(h)))
-
-
-def test_the_deep_network_by_hand():
-    torch.manual_seed(1)
-    model, h = MODELS["deep"](8).train(), TEST_X
-    model(h)  # so that its running means are not zero
-    mu = model.eval().encode(TEST_X)[0]
-    for layer, norm, _ in model.enc:
-        h = F.leaky_relu(norm(layer(h)), 0.2)
-    torch.testing.assert_close(mu, model.fc_mu(h.flatten(1)))
-    h = F.leaky_relu(model.fc_dec(mu), 0.2).view(-1, 256, 3, 3)
-    for layer, norm, _ in model.dec[:-1]:
-        h = F.leaky_relu(norm(layer(h)), 0.2)
-    torch.testing.assert_close(model.decode(mu), model.dec[-1](h).sigmoid())
-    assert sum(p.numel() for p in MODELS["deep"]().parameters()) == 1_144_193
-    assert [h.shape[1] for h in model.features(TEST_X)] == [32, 64, 128, 256]
 
 
 def test_loss_by_hand():
@@ -706,20 +691,19 @@ def test_feature_matching_is_part_of_what_is_minimised(finished):
     for layer in (encoder.enc1, encoder.enc2, encoder.enc3):
         h, target = layer(h).relu(), layer(target).relu()
         loss = loss + 0.3 * (h - target).square().sum()
-    loss.backward()
-    gradients = [p.grad.clone() for p in model.parameters()]
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
     torch.manual_seed(1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     train.update(model, optimizer, 1.0, features, 0.3, x)
-    found = [p.grad for p in model.parameters()]
+    found = tuple(p.grad for p in model.parameters())
     torch.testing.assert_close(found, gradients, rtol=1e-3, atol=1e-3)
 
 
 def test_the_run_whose_features_are_matched(finished, run, tmp_path):
     new, others = tmp_path / "new", {"feature_weight": 1, "feature_run": run}
     assert "no run in" in fail("train.py", new, **{**others, "feature_run": new})
-    for option in others:
-        assert call("train.py", *options_of(new, epochs=1, **{option: others[option]}))[0] == 2
+    for option, value in others.items():
+        assert call("train.py", *options_of(new, epochs=1, **{option: value}))[0] == 2
     assert not new.exists()
     succeed("train.py", new, epochs=1, **others)
     succeed("train.py", new, epochs=2, **{**others, "feature_run": finished})  # the same encoder
@@ -727,7 +711,8 @@ def test_the_run_whose_features_are_matched(finished, run, tmp_path):
     assert "has feature_sha256" in fail("train.py", new, **others)
 
 
-def test_networks_train_and_are_then_left_alone(tmp_path, monkeypatch):
+def test_the_deep_network_is_trained_and_then_left_alone(tmp_path, monkeypatch):
+    """And computes what it should, here layer by layer."""
     seen, loss_terms = [], train.loss_terms
 
     def spy(model, x):
@@ -737,11 +722,21 @@ def test_networks_train_and_are_then_left_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "loss_terms", spy)
     succeed("train.py", tmp_path / "run", epochs=1, model="deep", batch_size=600)
     assert seen == [(True, True), (False, False)]
-    model = load_model(data.read_run(tmp_path / "run"))
+    model, h = load_model(data.read_run(tmp_path / "run")), TEST_X
     running = [name for name in model.state_dict() if "running" in name]
     assert len(running) == 14 and model.enc[0][1].running_mean.abs().sum() > 0
     alone = latent_means(model, TEST_X[:1])
     assert torch.equal(latent_means(model, TEST_X)[:1], alone)
+    for layer, norm, _ in model.enc:
+        h = F.leaky_relu(norm(layer(h)), 0.2)
+    mu = model.encode(TEST_X)[0]
+    torch.testing.assert_close(mu, model.fc_mu(h.flatten(1)))
+    h = F.leaky_relu(model.fc_dec(mu), 0.2).view(-1, 256, 3, 3)
+    for layer, norm, _ in model.dec[:-1]:
+        h = F.leaky_relu(norm(layer(h)), 0.2)
+    torch.testing.assert_close(model.decode(mu), model.dec[-1](h).sigmoid())
+    assert sum(p.numel() for p in MODELS["deep"]().parameters()) == 1_144_193
+    assert [h.shape[1] for h in model.features(TEST_X)] == [32, 64, 128, 256]
 
 
 def test_hold_out(tmp_path, figures):
@@ -762,20 +757,27 @@ def test_hold_out(tmp_path, figures):
         assert f"--hold-out {held}: of 600" in message
 
 
-@pytest.mark.parametrize("held", [10, 590])
-def test_parts_that_lack_classes(held, tmp_path, figures):
+@pytest.mark.parametrize("held, latent_dim", [(10, 1), (590, 2)])
+def test_few_images_and_few_dimensions(held, latent_dim, tmp_path, figures):
+    """Parts without an image of some class, and codes in which PCA and t-SNE find little."""
     run = tmp_path / "run"
-    succeed("train.py", run, epochs=1, hold_out=held)
+    succeed("train.py", run, epochs=1, hold_out=held, latent_dim=latent_dim)
     succeed("classify.py", run)
     succeed("plots.py", run)
     there = [(TRAIN[1][-held:] == k).sum().item() for k in range(10)]
-    assert held > 10 or 0 in (there[0], there[9])
+    assert len(figures) == 5 and (held > 10 or 0 in (there[0], there[9]))
     result = read_json(run / data.CLASSIFICATION)
     assert [sum(row) for row in result["confusion_matrix"]] == there
     legend = figures["latent_space.png"].legends[0]
     named = zip(legend.get_texts(), legend.legend_handles)
     colors = {name: f"C{k}" for k, name in enumerate(data.CLASSES)}
     assert {text.get_text(): handle.get_color() for text, handle in named} == colors
+    if latent_dim == 2:  # quantiles of N(0, 1), from 5 % to 95 %, in both directions
+        quantiles = torch.tensor([NormalDist().inv_cdf(0.05 + 0.1 * k) for k in range(10)])
+        with torch.no_grad():
+            z = torch.cartesian_prod(quantiles, quantiles)
+            pictures = load_model(data.read_run(run)).decode(z)[:, 0]
+        torch.testing.assert_close(shown(figures["samples.png"]), pictures)
 
 
 # --- Devices --------------------------------------------------------------------------------
@@ -792,52 +794,38 @@ STAND_INS = {  # what another device makes of loss and gradients
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("stand_in", STAND_INS)
-def test_a_device_that_computes_something_else(stand_in, model, monkeypatch, capsys):
-    compute, stand_in, model = train.loss_and_gradients, STAND_INS[stand_in], MODELS[model](8)
+def test_a_device_must_compute_what_the_cpu_does(stand_in, model, monkeypatch, capsys):
+    """As cuda does not here, but mps does, up to rounding. No noise is drawn, no weight changed."""
+    compute, stand_in = train.loss_and_gradients, STAND_INS[stand_in]
 
     def other(model, x, device):
-        values = compute(model, x, "cpu")
-        if device == "cuda" and isinstance(stand_in, Exception):
+        if device == "mps":
+            model, x = copy.deepcopy(model).double(), x.double()
+        elif device == "cuda" and isinstance(stand_in, Exception):
             raise stand_in
+        values = [value.float() for value in compute(model, x, "cpu")]
         return stand_in(values) if device == "cuda" else values
 
     monkeypatch.setattr(train, "loss_and_gradients", other)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert train.choose_device("auto", model, TRAIN_X[:50]) == "cpu"
-    remark = capsys.readouterr().err
-    assert remark.startswith("Remark: cuda cannot be used: ") and remark.count("\n") == 1
+    torch.manual_seed(3)
+    model = MODELS[model](8).train()
+    before, noise = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    for is_there, chosen in ((False, "cpu"), (True, "mps")):
+        monkeypatch.setattr(torch.backends.mps, "is_available", Mock(return_value=is_there))
+        assert train.choose_device("auto", model, TRAIN_X[:50]) == chosen
+        remark = capsys.readouterr().err
+        assert remark.startswith("Remark: cuda cannot be used: ") and remark.count("\n") == 1
     with pytest.raises(data.UserError, match="--device cuda cannot be used: .*--device cpu"):
         train.choose_device("cuda", model, TRAIN_X[:50])
     assert train.choose_device("cpu", model, TRAIN_X[:50]) == "cpu"
-
-
-@pytest.mark.parametrize("model", MODELS)
-def test_a_device_that_computes_the_same(model, monkeypatch, capsys):
-    """Rounding makes no difference, nor does the check: no noise is drawn, no weight changed."""
-    compute = train.loss_and_gradients
-
-    def other(model, x, device):
-        model = model.double() if device == "mps" else model  # rounded otherwise
-        return [value.float() for value in compute(model, x.to(next(model.parameters())), "cpu")]
-
-    monkeypatch.setattr(train, "loss_and_gradients", other)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    torch.manual_seed(3)
-    model = MODELS[model](8).train()
-    before, noise = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
-    assert train.choose_device("auto", model, TRAIN_X[:50]) == "mps"
     assert torch.equal(torch.get_rng_state(), noise) and capsys.readouterr().err == ""
-    assert all(torch.equal(v.float(), before[k].float()) for k, v in model.state_dict().items())
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
     assert train.memory_format("mps") == torch.contiguous_format
     assert train.memory_format("cpu") == train.memory_format("cuda") == torch.channels_last
 
 
 # --- Bad input: one line, an exit code, and nothing overwritten -----------------------------
-
-
-class Bomb:
-    def __reduce__(self):
-        return (open, ("exploded", "w"))  # what loading it would do
 
 
 def saved(value):
@@ -851,7 +839,8 @@ def flip(content):  # within a tensor, where torch.load does not notice
     return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
 
 
-TENSORS = [flip, half, b"", bytes(range(255, 0, -1)) * 20, pickle.dumps(Bomb(), 2)]
+BOMB = b"c__builtin__\nopen\n(Vexploded\nVw\ntR."  # a pickle that calls open("exploded", "w")
+TENSORS = [flip, half, b"", bytes(range(255, 0, -1)) * 20, BOMB]
 TENSORS += map(saved, (torch.zeros(3), {"weight": torch.zeros(3)}, {"weight": "x"}, {}))
 LINES = [half, b"", b"\xff\x00", b"a,b\n1,2\n", swap(b"0.0005", b"nan"), swap(b"\n2,", b"\n3,")]
 CONFIGS = [half, b"[]", b"{}", b"\xff", swap(b'"conv"', b'"gan"'), swap(b'"conv"', b'"fc"')]
@@ -868,54 +857,32 @@ def test_spoiled_run(name, script, damage, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if name != data.STATE:
         (run / data.STATE).unlink()
-    content = (run / name).read_bytes()
-    (run / name).write_bytes(damage(content) if callable(damage) else damage)
+    spoil(run / name, damage)
     before = contents(run)
     assert name in fail(script, run)
     assert contents(run) == before and not Path("exploded").exists()
 
 
-@pytest.mark.parametrize("damage", [b"{}", b"[]", b"", b"\xff", swap(b"[\n  [", b"[[], [")])
-def test_a_damaged_classification_stops_no_script(damage, run, figures, capsys):
-    content = (run / data.CLASSIFICATION).read_bytes()
-    (run / data.CLASSIFICATION).write_bytes(damage(content) if callable(damage) else damage)
-    succeed("plots.py", run)
-    assert f"{run / data.CLASSIFICATION} is missing or damaged" in capsys.readouterr().err
-    assert "confusion_matrix.png" not in figures and len(figures) == 4
-    succeed("classify.py", run)
-    assert read_json(run / data.CLASSIFICATION)["baselines"] is None
+BAD_OPTIONS = {"epochs": "0 1.5", "batch_size": "0 1.5", "latent_dim": "0 1.5 9999"}
+BAD_OPTIONS |= {"lr": "0 -1 nan inf fast", "seed": "-1", "beta": "-1", "hold_out": "-1"}
+BAD_OPTIONS |= {"feature_weight": "-1", "device": "tpu", "model": "gan", "lr_scheduler": "step"}
 
 
-BAD_OPTIONS = [
-    (name, bad) for name in ("epochs", "batch_size", "latent_dim") for bad in ("0", "1.5")
-]
-BAD_OPTIONS += [("lr", bad) for bad in ("0", "-1", "nan", "inf", "fast")]
-BAD_OPTIONS += [(name, "-1") for name in ("seed", "beta", "hold_out", "feature_weight")]
-BAD_OPTIONS += [
-    ("device", "tpu"),
-    ("model", "gan"),
-    ("lr_scheduler", "step"),
-    ("latent_dim", "9999"),
-]
-
-
-@pytest.mark.parametrize("option, value", BAD_OPTIONS)
-def test_bad_options(option, value, tmp_path, capsys):
-    code, _ = call("train.py", *options_of(tmp_path / "run", **{"epochs": 1, option: value}))
-    errors = capsys.readouterr().err
-    assert code == 2 and errors.count("\n") == 1 and value in errors
-    assert f"--{option.replace('_', '-')}" in errors and not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("script", ["classify.py", "plots.py"])
-def test_runs_that_are_not_there(script, tmp_path):
-    message = fail(script, tmp_path / "absent")
-    assert f"no run in {tmp_path / 'absent'}" in message and "train.py --run" in message
+@pytest.mark.parametrize("option", BAD_OPTIONS)
+def test_bad_options(option, tmp_path, capsys):
+    for value in BAD_OPTIONS[option].split():
+        code, _ = call("train.py", *options_of(tmp_path / "run", **{"epochs": 1, option: value}))
+        errors = capsys.readouterr().err
+        assert code == 2 and errors.count("\n") == 1 and value in errors
+        assert f"--{option.replace('_', '-')}" in errors and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_published_run_without_weights(script, run, monkeypatch):
-    """The command that makes it anew is told, and can be pasted."""
+def test_a_published_run_without_weights_or_no_run_at_all(script, run, monkeypatch):
+    """The command that makes it is told, and can be pasted."""
+    if script != "train.py":
+        message = fail(script, run / "absent")
+        assert f"no run in {run / 'absent'}" in message and "train.py --run" in message
     for name in (data.STATE, data.WEIGHTS):
         (run / name).unlink()
     edit_json(run / data.CONFIG, feature_run="a b", feature_weight=0.5)
@@ -1132,9 +1099,10 @@ def test_baselines_and_active_dimensions(run, tmp_path):
 # --- The figures ----------------------------------------------------------------------------
 
 
-def test_loss_curves(finished, figures):
+def test_loss_curves_latent_space_and_confusion_matrix(finished, figures):
     succeed("plots.py", finished)
-    log, colors = data.read_run(finished).log, {"train": "C0", "test": "C1"}
+    run, result = data.read_run(finished), read_json(finished / data.CLASSIFICATION)
+    log, colors = run.log, {"train": "C0", "test": "C1"}
     for axis, loss in zip(figures["loss_curves.png"].axes, ("loss", "bce", "kld"), strict=True):
         for line, (split, color) in zip(axis.lines, colors.items(), strict=True):
             assert line.get_label() == split and to_hex(line.get_color()) == to_hex(color)
@@ -1142,6 +1110,25 @@ def test_loss_curves(finished, figures):
             assert line.get_xydata().tolist() == values
     figure = plots.draw_losses([{**log[0], "epoch": epoch} for epoch in (1, 2, 3)])
     assert figure.axes[0].lines[0].get_xdata().tolist() == [2, 3]  # the first would flatten them
+
+    for axis, name in zip(figures["latent_space.png"].axes, ("PCA", "t-SNE"), strict=True):
+        assert axis.get_title() == f"{name} of μ, 225 test images"
+        colors = axis.collections[0].get_facecolors().tolist()
+        assert colors == [[*to_rgba(f"C{k}")] for k in TEST[1]]
+    pca = figures["latent_space.png"].axes[0].collections[0].get_offsets()
+    mu = latent_means(load_model(run), TEST_X)
+    assert np.allclose(np.abs(pca), np.abs(PCA(2).fit_transform(mu)), atol=1e-3)
+
+    axis = figures["confusion_matrix.png"].axes[0]
+    for text in axis.texts:
+        column, row = text.get_position()
+        assert int(text.get_text()) == result["confusion_matrix"][row][column]
+    assert axis.images[0].get_array().tolist() == result["confusion_matrix"]
+    for ticks in (axis.get_xticklabels(), axis.get_yticklabels()):
+        assert [label.get_text() for label in ticks] == data.CLASSES
+    assert f"epoch 2: {result['accuracy'] * 100:.2f} %" in axis.get_title()
+    names = (axis.get_xlabel(), axis.get_ylabel())
+    assert names == ("Predicted label", "True label") and len(axis.texts) == 100
 
 
 def test_reconstructions_and_samples(run, figures, tmp_path):
@@ -1169,27 +1156,6 @@ def test_reconstructions_and_samples(run, figures, tmp_path):
     assert {image.get_clim() for axis in grid.axes for image in axis.images} == {(0, 1)}
 
 
-def test_latent_space_and_confusion_matrix(run, figures):
-    succeed("plots.py", run)
-    for axis, name in zip(figures["latent_space.png"].axes, ("PCA", "t-SNE"), strict=True):
-        assert axis.get_title() == f"{name} of μ, 225 test images"
-        colors = axis.collections[0].get_facecolors().tolist()
-        assert colors == [[*to_rgba(f"C{k}")] for k in TEST[1]]
-    pca = figures["latent_space.png"].axes[0].collections[0].get_offsets()
-    mu = latent_means(load_model(data.read_run(run)), TEST_X)
-    assert np.allclose(np.abs(pca), np.abs(PCA(2).fit_transform(mu)), atol=1e-3)
-    axis, result = figures["confusion_matrix.png"].axes[0], read_json(run / data.CLASSIFICATION)
-    for text in axis.texts:
-        column, row = text.get_position()
-        assert int(text.get_text()) == result["confusion_matrix"][row][column]
-    assert axis.images[0].get_array().tolist() == result["confusion_matrix"]
-    for ticks in (axis.get_xticklabels(), axis.get_yticklabels()):
-        assert [label.get_text() for label in ticks] == data.CLASSES
-    assert f"epoch 2: {result['accuracy'] * 100:.2f} %" in axis.get_title()
-    names = (axis.get_xlabel(), axis.get_ylabel())
-    assert names == ("Predicted label", "True label") and len(axis.texts) == 100
-
-
 def test_a_code_that_has_collapsed(run, figures, capsys, monkeypatch):
     monkeypatch.setattr(plots, "active_dimensions", networks.active_dimensions)
     publish(run, lambda weights: [weights[f"fc_mu.{name}"].zero_() for name in ("weight", "bias")])
@@ -1200,41 +1166,37 @@ def test_a_code_that_has_collapsed(run, figures, capsys, monkeypatch):
     assert "latent_space.png" not in figures and len(figures) == 4
 
 
-@pytest.mark.parametrize("latent_dim", [1, 2])
-def test_few_latent_dimensions_can_be_drawn(latent_dim, tmp_path, figures):
-    run = tmp_path / "run"
-    succeed("train.py", run, epochs=1, latent_dim=latent_dim)
-    succeed("classify.py", run)
-    succeed("plots.py", run)
-    assert len(figures) == 5
-    if latent_dim == 2:  # quantiles of N(0, 1), from 5 % to 95 %, in both directions
-        quantiles = torch.tensor([NormalDist().inv_cdf(0.05 + 0.1 * k) for k in range(10)])
-        with torch.no_grad():
-            z = torch.cartesian_prod(quantiles, quantiles)
-            pictures = load_model(data.read_run(run)).decode(z)[:, 0]
-        torch.testing.assert_close(shown(figures["samples.png"]), pictures)
+def test_a_classification_of_other_weights_or_damaged_is_not_shown(run, figures, capsys):
+    path, command = run / data.CLASSIFICATION, f"python classify.py --run {run}"
+    whole, weights = path.read_bytes(), torch.load(run / data.WEIGHTS, weights_only=True)
 
-
-def test_the_classification_of_other_weights_is_not_shown(run, figures, capsys):
-    def drawn():
+    def remark():
         figures.clear()
+        capsys.readouterr()
         succeed("plots.py", run)
-        return "confusion_matrix.png" in figures, capsys.readouterr().err
+        told = capsys.readouterr().err
+        assert ("confusion_matrix.png" in figures) is (told == "") and len(figures) >= 4
+        return told
 
-    assert drawn() == (True, "")
-    weights = torch.load(run / data.WEIGHTS, weights_only=True)
+    assert remark() == ""
     (run / data.STATE).unlink()
     torch.save(weights, run / data.WEIGHTS, _use_new_zipfile_serialization=False)
-    assert drawn() == (True, "")  # another file, the same tensors
+    assert remark() == ""  # another file, the same tensors
     publish(run, lambda weights: weights["fc_mu.bias"][0].add_(1e-6))
-    remark = f"{run / data.CLASSIFICATION} is of other weights than the run has now"
-    assert drawn() == (False, f"Remark: {remark}: python classify.py --run {run}\n")
-    edit_json(run / data.CLASSIFICATION, sha256=None)
-    assert drawn() == (True, "")
-    edit_json(run / data.CLASSIFICATION, epoch=1)
-    assert drawn()[0] is False
-    (run / data.CLASSIFICATION).unlink()
-    assert "is missing" in drawn()[1]
+    outdated = f"Remark: {path} is of other weights than the run has now: {command}\n"
+    assert remark() == outdated
+    edit_json(path, sha256=None)
+    assert remark() == ""
+    edit_json(path, epoch=1)
+    assert remark() == outdated
+    path.unlink()
+    for damage in (None, b"{}", b"[]", b"", b"\xff", swap(b"[\n  [", b"[[], [")):
+        if damage is not None:
+            path.write_bytes(whole)
+            spoil(path, damage)
+        assert remark() == f"Remark: {path} is missing or damaged: {command}\n"
+        succeed("classify.py", run)
+        assert read_json(path)["baselines"] is None
 
 
 # --- The pages ------------------------------------------------------------------------------
