@@ -106,7 +106,7 @@ def parse_idx(content):
     """Return what a file of the MNIST family (IDX), gzipped or not, holds, as a uint8 tensor."""
     if content[:2] == b"\x1f\x8b":
         content = gzip.decompress(content)
-    if content[:3] != b"\0\0\x08" or content[3] > 3:
+    if content[:3] != b"\0\0\x08":
         raise ValueError("it does not begin as such a file does")
     start = 4 + 4 * content[3]
     shape = [int.from_bytes(content[k : k + 4], "big") for k in range(4, start, 4)]
