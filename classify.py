@@ -24,12 +24,14 @@ def main():
     vae = model.load_model(run)
     splits = data.load_splits(args.data, run.settings["hold_out"])
     (train_images, train_labels), (test_images, test_labels) = splits
-    most = min(len(train_images), 28 * 28)  # components that PCA can have
+    components = min(len(train_images), 28 * 28)
+    if args.baselines and latent_dim > components:
+        raise data.UserError(f"--baselines: PCA has {components} components, not {latent_dim}")
 
     train_mu, test_mu = (model.latent_means(vae, images) for images in (train_images, test_images))
     # In float64 PCA, like μ, is the same on every machine.
     flat_train, flat_test = (images.flatten(1).double() for images in (train_images, test_images))
-    pca = PCA(min(50, most), random_state=42).fit(flat_train)
+    pca = PCA(min(50, components), random_state=42).fit(flat_train)
     mixture_z = model.sample_mixture(vae, train_images, len(test_images))
     metrics = measure(vae, test_images, mixture_z, pca)
     # Of the gap between train and test loss, the difference of the floors is the data's own.
@@ -49,7 +51,7 @@ def main():
     # They depend on no weights, so those of before stay.
     baselines = (data.read(path, data.parse_classification) or {}).get("baselines")
     if args.baselines:
-        reduced = PCA(min(latent_dim, most), random_state=42).fit(flat_train)
+        reduced = PCA(latent_dim, random_state=42).fit(flat_train)
         features = {"pixels": (flat_train, flat_test)}
         features["pca"] = [reduced.transform(split) for split in (flat_train, flat_test)]
         baselines = {}
