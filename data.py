@@ -50,14 +50,14 @@ def load_splits(root, hold_out=0):
         splits.append((images.unsqueeze(1).float().div_(255), labels.long()))
     if hold_out:
         images, labels = splits[0]
-        if not 10 <= hold_out <= len(images) - 10:
-            raise UserError(f"--hold-out {hold_out}: of {len(images)} images, each part needs 10")
         parts = slice(-hold_out), slice(-hold_out, None)
         splits = [(images[part], labels[part]) for part in parts]
     known = sha256(b"".join(array.numpy() for array in arrays)) == SHA256
-    counts = "{:,} training and {:,} test images".format(*(len(labels) for _, labels in splits))
-    remark = "" if known else " (Remark: they are not Fashion-MNIST's.)"
-    print(f"{counts} from {paths[0].parent}{remark}", flush=True)
+    counts = [len(labels) for _, labels in splits]
+    found = f"{counts[0]:,} training and {counts[1]:,} test images from {paths[0].parent}"
+    if min(counts) < 10:
+        raise UserError(f"--hold-out {hold_out} gives {found}, but ten of each are needed")
+    print(found if known else f"{found} (Remark: they are not Fashion-MNIST's.)", flush=True)
     return splits
 
 
@@ -200,7 +200,7 @@ def read_run(path):
     """Return the run in `path`, from state.pth, or else its views; UserError if none or damaged."""
     state = read(path / STATE, parse_state)
     if state:
-        return Run(path, state["config"], state["log"], state["model"], state.get("optimizer"))
+        return Run(path, *state)
     config, log = read(path / CONFIG, parse_config), read(path / LOG, parse_log)
     if not config or not log:
         held = any((path / name).exists() for name in RUN_FILES)
@@ -215,7 +215,7 @@ def read_classification(run):
     path = run.path / CLASSIFICATION
     result, problem = read(path, parse_classification), "is missing or damaged"
     if result:
-        digests = {result.get("sha256"), digest(run.weights) if run.weights else None} - {None}
+        digests = {result.get("sha256"), run.weights and digest(run.weights)} - {None}
         if result["epoch"] == len(run.log) and len(digests) < 2:
             return result
         problem = "is of other weights than the run has now"
@@ -243,19 +243,18 @@ def read(path, parse):
 
 
 def parse_state(content):
-    state = parse_weights(content, "model")
-    return {**state, "config": check_config(state["config"]), "log": check_log(state["log"])}
+    state = parse_weights(content)
+    config, log = check_config(state["config"]), check_log(state["log"])
+    return config, log, state["model"], state.get("optimizer")
 
 
-def parse_weights(content, part=None):
-    """Return the dict in a file of torch.save, running no code; its `part`, or all, are tensors."""
+def parse_weights(content):
+    """Return the dict in a file of torch.save, running no code."""
     file = io.BytesIO(content)
     if zipfile.is_zipfile(file) and zipfile.ZipFile(file).testzip():
         raise ValueError("a checksum is wrong")  # at which torch.load does not look
     file.seek(0)
-    loaded = dict(torch.load(file, map_location="cpu", weights_only=True))
-    digest(loaded[part] if part else loaded)  # fails where there is none
-    return loaded
+    return dict(torch.load(file, map_location="cpu", weights_only=True))
 
 
 def parse_config(content):
@@ -263,15 +262,17 @@ def parse_config(content):
 
 
 def parse_log(content):
-    return check_log(csv.DictReader(content.decode().splitlines()))
+    return check_log(csv.DictReader(content.decode("utf-8-sig").splitlines()))
 
 
 def parse_classification(content):
     """Return what classify.py wrote, or None if it is damaged, for it can be found again."""
-    with contextlib.suppress(KeyError, TypeError, ValueError):
+    with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError, RuntimeError):
         result = json.loads(content)
-        int(result["epoch"]), float(result["accuracy"])
-        if [len(row) for row in result["confusion_matrix"]] == [len(CLASSES)] * len(CLASSES):
+        matrix = torch.tensor(result["confusion_matrix"])
+        numbers = torch.tensor([result["epoch"], result["accuracy"]])
+        whole = matrix.shape == (len(CLASSES), len(CLASSES)) and matrix.dtype == torch.int64
+        if whole and numbers.isfinite().all() and isinstance(result.get("sha256"), str | None):
             return result
     return None
 

@@ -140,15 +140,15 @@ def loss_function(recon_x, x, mu, logvar):
 def load_model(run):
     """Return the network of a run (a `data.Run`) with its weights, on the CPU, for evaluation.
     Raises UserError if the run has no weights, or those of another network than its settings."""
-    if not run.weights:
+    if run.weights is None:
         command = data.train_command(run.settings, "runs/anew")
         raise data.UserError(f"{run.path} has no {data.WEIGHTS}; this makes one anew: {command}")
     model = MODELS[run.settings["model"]](run.settings["latent_dim"])
     try:
         model.load_state_dict(run.weights)
-    except RuntimeError as error:
-        problem = f"{data.WEIGHTS} is of another network than {data.CONFIG}"
-        raise data.UserError(f"{run.path}: {problem}") from error
+    except (AttributeError, RuntimeError, TypeError) as error:
+        files = f"{data.STATE}, or {data.CONFIG} and {data.WEIGHTS}"
+        raise data.UserError(f"{run.path}: settings and weights ({files}) disagree") from error
     return model.eval()
 
 

@@ -652,7 +652,10 @@ def test_moments_of_a_run_that_began_elsewhere(run, three_epochs):
     assert_same_training(run, three_epochs)
     moments = state["optimizer"]
     flat = {**moments, 3: {**moments[3], "exp_avg": torch.zeros(1)}}
-    for damaged in (None, {**moments, 3: {}}, flat):
+    turned = {**moments, 6: {**moments[6], "exp_avg": moments[6]["exp_avg"].mT}}
+    steps = {**moments, 3: {**moments[3], "step": torch.zeros(5)}}
+    reverse = {17 - number: moment for number, moment in moments.items()}
+    for damaged in (None, {**moments, 3: {}}, flat, turned, steps, reverse):
         torch.save({**state, "optimizer": damaged}, run / data.STATE)
         assert "moments" in fail("train.py", run, epochs=4)
 
@@ -748,9 +751,12 @@ def test_hold_out(tmp_path, figures):
     assert_same_training(run, other)
     assert contents(run)[data.CLASSIFICATION] == contents(other)[data.CLASSIFICATION]
     torch.testing.assert_close(*drawn)
-    for held in (9, 591):
+    few = write_data(tmp_path / "few", raw_files(TRAIN, [part[:9] for part in TEST]))
+    assert "9 test images" in fail("train.py", tmp_path / "part", data=few)
+    for held in (9, 591, 700):
         message = fail("train.py", tmp_path / "part", hold_out=held)
-        assert f"--hold-out {held}: of 600" in message
+        found = f"{max(600 - held, 0)} training and {min(held, 600)} test images"
+        assert f"--hold-out {held} gives {found}" in message
 
 
 @pytest.mark.parametrize("held, latent_dim", [(10, 1), (590, 2), (590, 11)])
@@ -839,6 +845,12 @@ def flip(content):  # within a tensor, where torch.load does not notice
 
 
 BOMB = b"c__builtin__\nopen\n(Vexploded\nVw\ntR."  # a pickle that calls open("exploded", "w")
+
+
+def without_weights(content):
+    return saved({**torch.load(io.BytesIO(content), weights_only=True), "model": {}})
+
+
 TENSORS = [flip, half, b"", bytes(range(255, 0, -1)) * 20, BOMB]
 TENSORS += map(saved, (torch.zeros(3), {"weight": torch.zeros(3)}, {"weight": "x"}, {}))
 LINES = [half, b"", b"\xff\x00", b"a,b\n1,2\n", swap(b"0.0005", b"nan"), swap(b"\n2,", b"\n3,")]
@@ -847,7 +859,7 @@ CONFIGS += [swap(b": 8,", b": %b," % new) for new in (b"8.5", b'"8"', b"9", b"0"
 CONFIGS += [swap(b": 2,", b": %b," % new) for new in (b"0", b'"two"')]
 DAMAGES = {data.WEIGHTS: TENSORS, data.LOG: LINES, data.CONFIG: CONFIGS}
 SPOILED = [(name, "classify.py", damage) for name in DAMAGES for damage in DAMAGES[name]]
-SPOILED += [(data.STATE, "train.py", damage) for damage in TENSORS]
+SPOILED += [(data.STATE, "train.py", damage) for damage in (*TENSORS, without_weights)]
 SPOILED += [(name, "plots.py", half) for name in DAMAGES]
 
 
@@ -907,6 +919,12 @@ def test_a_run_that_cannot_be_written(script, run, tmp_path):
     assert f"{names[script]} cannot be written: Is a directory" in fail(script, run)
     (tmp_path / "file").touch()
     assert str(tmp_path / "file") in fail(script, tmp_path / "file")
+
+
+def test_a_folder_that_cannot_be_written_is_noticed_before_training(tmp_path, monkeypatch, capsys):
+    refused = PermissionError(errno.EACCES, "denied", str(tmp_path))
+    monkeypatch.setattr(tempfile, "TemporaryFile", Mock(side_effect=refused))
+    assert "denied" in fail("train.py", tmp_path / "run") and capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("stream", [io.StringIO(), None])
@@ -1070,6 +1088,7 @@ def test_baselines_stay_and_active_dimensions(run):
         weights["fc_mu.bias"] *= scale
 
     publish(run, change)
+    spoil(run / data.LOG, lambda content: b"\xef\xbb\xbf" + content)  # as spreadsheets do
     succeed("classify.py", run)
     active = (test > other).sum().item()
     assert active not in (0, 4, 8)
@@ -1171,13 +1190,24 @@ def test_a_classification_of_other_weights_or_damaged_is_not_shown(run, figures,
     edit_json(path, epoch=1)
     assert remark() == outdated
     path.unlink()
-    for damage in (None, b"{}", b"[]", b"", b"\xff", swap(b"[\n  [", b"[[], [")):
-        if damage is not None:
-            path.write_bytes(whole)
-            spoil(path, damage)
-        assert remark() == f"Remark: {path} is missing or damaged: {command}\n"
-        succeed("classify.py", run)
-        assert read_json(path)["baselines"] is None
+    assert remark() == f"Remark: {path} is missing or damaged: {command}\n"
+    path.write_bytes(half(whole))
+    assert remark() == f"Remark: {path} is missing or damaged: {command}\n"
+    succeed("classify.py", run)
+    assert remark() == "" and read_json(path)["baselines"] is None
+
+
+def test_damaged_classifications_count_as_none(run):
+    whole = (run / data.CLASSIFICATION).read_bytes()
+    assert data.parse_classification(whole)["epoch"] == 2
+    result = json.loads(whole)
+    for part in ("epoch", "accuracy", "confusion_matrix"):
+        for value in ("0", None, math.nan, [1], 10**400, ["abcdefghij"] * 10, [[0.5] * 10] * 10):
+            damaged = json.dumps({**result, part: value}).encode()
+            assert data.parse_classification(damaged) is None, damaged
+    for damaged in (b"{}", b"[]", b"", b"\xff", b"[" * 99_999, whole.replace(b"[\n  [", b"[[], [")):
+        assert data.parse_classification(damaged) is None
+    assert data.parse_classification(json.dumps({**result, "sha256": []}).encode()) is None
 
 
 # --- The pages ------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ a cosine must have all its epochs from the start, since its rates depend on them
 import copy
 import math
 import sys
+import tempfile
 import time
 from datetime import timedelta
 from functools import partial
@@ -173,12 +174,14 @@ class Writer:
         if self.seen:
             self.run = data.read_run(path)
             check_settings(self.run, settings)
+            load_model(self.run)  # before views are replaced by what cannot be loaded
             self.write_views(self.run.settings, self.run.weights, self.run.log)
         elif any((path / name).exists() for name in data.RUN_FILES):
             there = data.read(path / data.CONFIG, data.parse_config)
             command = data.train_command(there or settings, "runs/anew")
             raise data.UserError(f"{path} has no {data.STATE} to go on from; elsewhere: {command}")
         path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()  # where one cannot write, it fails at once
 
     def save(self, config, model, optimizer, log):
         """Write the run as it is after an epoch; UserError if another train.py wrote there."""
@@ -217,10 +220,13 @@ def load_moments(optimizer, run):
     device with another order."""
     parameters = optimizer.param_groups[0]["params"]
     try:
-        for parameter, moments in zip(parameters, run.moments.values(), strict=True):
+        for number, parameter in enumerate(parameters):
+            moments = run.moments[number]
+            float(moments["step"])
             for name in ("exp_avg", "exp_avg_sq"):
-                moment = moments[name].reshape(parameter.shape)
-                moments[name] = torch.empty_like(parameter).copy_(moment)
+                if moments[name].shape != parameter.shape:
+                    raise ValueError
+                moments[name] = torch.empty_like(parameter).copy_(moments[name])
         optimizer.load_state_dict({**optimizer.state_dict(), "state": run.moments})
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         problem = "has Adam's moments of another network: choose another --run"
