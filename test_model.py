@@ -789,7 +789,7 @@ def test_few_images_and_few_dimensions(held, latent_dim, tmp_path, figures):
 
 STAND_INS = {  # what another device makes of loss and gradients
     "no kernel": RuntimeError("no kernel image\nis available"),
-    "out of memory": torch.OutOfMemoryError("CUDA out of memory"),
+    "out of memory": torch.OutOfMemoryError("CUDA out of memory. Tried to\nallocate."),
     "not compiled": AssertionError("not compiled with CUDA"),
     "one gradient": lambda values: [*values[:-1], values[-1] * 1.2],
     "a loss": lambda values: [values[0] * 1.2, *values[1:]],
@@ -821,6 +821,7 @@ def test_a_device_must_compute_what_the_cpu_does(stand_in, model, monkeypatch, c
         assert train.choose_device("auto", model, TRAIN_X[:50]) == chosen
         remark = capsys.readouterr().err
         assert remark.startswith("Remark: cuda cannot be used: ") and remark.count("\n") == 1
+        assert "Tried" not in remark  # its first sentence is enough
     with pytest.raises(data.UserError, match="--device cuda cannot be used: .*--device cpu"):
         train.choose_device("cuda", model, TRAIN_X[:50])
     assert train.choose_device("cpu", model, TRAIN_X[:50]) == "cpu"
@@ -847,19 +848,22 @@ def flip(content):  # within a tensor, where torch.load does not notice
 BOMB = b"c__builtin__\nopen\n(Vexploded\nVw\ntR."  # a pickle that calls open("exploded", "w")
 
 
-def without_weights(content):
-    return saved({**torch.load(io.BytesIO(content), weights_only=True), "model": {}})
+def with_model(model):
+    return lambda state: saved({**torch.load(io.BytesIO(state), weights_only=True), "model": model})
 
 
 TENSORS = [flip, half, b"", bytes(range(255, 0, -1)) * 20, BOMB]
 TENSORS += map(saved, (torch.zeros(3), {"weight": torch.zeros(3)}, {"weight": "x"}, {}))
+TENSORS += [saved({1: torch.zeros(3)})]
 LINES = [half, b"", b"\xff\x00", b"a,b\n1,2\n", swap(b"0.0005", b"nan"), swap(b"\n2,", b"\n3,")]
 CONFIGS = [half, b"[]", b"{}", b"\xff", swap(b'"conv"', b'"gan"'), swap(b'"conv"', b'"fc"')]
 CONFIGS += [swap(b": 8,", b": %b," % new) for new in (b"8.5", b'"8"', b"9", b"0")]
+CONFIGS += [swap(b'"epochs": 2,', b"")]
 CONFIGS += [swap(b": 2,", b": %b," % new) for new in (b"0", b'"two"')]
 DAMAGES = {data.WEIGHTS: TENSORS, data.LOG: LINES, data.CONFIG: CONFIGS}
 SPOILED = [(name, "classify.py", damage) for name in DAMAGES for damage in DAMAGES[name]]
-SPOILED += [(data.STATE, "train.py", damage) for damage in (*TENSORS, without_weights)]
+SPOILED += [(data.STATE, "train.py", damage) for damage in TENSORS]
+SPOILED += [(data.STATE, "train.py", with_model(model)) for model in ({}, 3, {1: torch.zeros(3)})]
 SPOILED += [(name, "plots.py", half) for name in DAMAGES]
 
 
@@ -904,6 +908,8 @@ def test_a_published_run_without_weights_or_no_run_at_all(script, run, monkeypat
     args, settings = vars(train.parse_arguments()), data.read_run(run).settings
     assert all(args[name] == settings[name] for name in data.SETTINGS)
     assert args["run"] == Path("runs/anew") and str(run) in message
+    (run / data.CONFIG).unlink()
+    assert "--run runs/anew" in fail(script, run)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -1292,14 +1298,14 @@ def test_the_scripts_as_a_user_runs_them(tmp_path):
     which leave the figures as they are."""
     run, output, pictures = tmp_path / "table" / "any" / "seed0", [], []
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfigure.facecolor: red\n")
-    own = {"MPLBACKEND": "module://nowhere", "MATPLOTLIBRC": str(tmp_path / "matplotlibrc")}
+    own = {"MPLBACKEND": "nowhere", "MATPLOTLIBRC": str(tmp_path / "matplotlibrc")}
     training = {"epochs": 3, "model": "fc", "latent_dim": 32, "lr": 0.002, "beta": 0}
     settings = {"capture_output": True, "encoding": "utf-8", "cwd": tmp_path}
     for script, options, more in (
         ("train.py", training, {}),
         ("plots.py", {}, own),
         ("classify.py", {}, {}),
-        ("plots.py", {}, {}),
+        ("plots.py", {}, {"MPLBACKEND": "module://nowhere"}),
     ):
         environment = {**os.environ, "PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0", **more}
         line = [sys.executable, HERE / script, *options_of(run, **options)]
