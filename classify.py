@@ -120,7 +120,7 @@ def compare(samples, images, pca):
     - frechet: ‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2 (Σ₁Σ₂)^½) of the Gaussians fitted to the two sets
       (Heusel et al., 2017): 0 if means and covariances agree; lower is better.
     - precision: share of samples that lie among images, that is, no farther from some image than
-      its k-th nearest other image; recall: of images that lie among samples (Kynkäänniemi et al.,
+      its third nearest other image; recall: of images that lie among samples (Kynkäänniemi et al.,
       2019). From 0 to 1, higher is better, but blur raises precision: real images have less."""
     points = [torch.tensor(pca.transform(x.flatten(1).double())) for x in (samples, images)]
     means = [x.mean(dim=0) for x in points]
@@ -132,9 +132,9 @@ def compare(samples, images, pca):
     return {"frechet": frechet.item(), "precision": precision, "recall": recall}
 
 
-def share_among(points, others, k=3):
-    """Return the share of `points` [N, D] no farther from one of `others` than its k-th other."""
-    nearest = NearestNeighbors(n_neighbors=k + 1).fit(others)  # itself and k others
+def share_among(points, others):
+    """Return the share of `points` [N, D] as near to one of `others` as its third neighbour."""
+    nearest = NearestNeighbors(n_neighbors=4).fit(others)  # itself and three others
     radius = torch.tensor(nearest.kneighbors(others)[0][:, -1])
     # Not by products of matrices, which put a point at some distance from itself.
     distances = partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")

@@ -130,7 +130,6 @@ def between(kind, low, high):
 LARGE = 2**31 - 1
 COUNT, WEIGHT = between(int, 0, LARGE), between(float, 0, 1e6)
 NETWORKS = {"conv": "ConvVAE", "fc": "Fully connected VAE", "deep": "Deep ConvVAE"}
-SCHEDULERS = ("constant", "plateau", "cosine")
 # As options of train.py. A run made before a setting existed has its default.
 SETTINGS = {
     "model": {"choices": [*NETWORKS], "default": "conv", "help": "fc: fully connected"},
@@ -139,7 +138,11 @@ SETTINGS = {
     "lr": {"type": between(float, 1e-12, 1e3), "default": 5e-4, "help": "learning rate of Adam"},
     "seed": {"type": COUNT, "default": 0, "help": "of all random draws"},
     "beta": {"type": WEIGHT, "default": 1.0, "help": "weight of the KLD"},
-    "lr_scheduler": {"choices": SCHEDULERS, "default": "constant", "help": "one of torch's"},
+    "lr_scheduler": {
+        "choices": ("constant", "plateau", "cosine"),
+        "default": "constant",
+        "help": "plateau: a tenth after ten epochs without progress; cosine: to 0 at --epochs",
+    },
     "hold_out": {"type": COUNT, "default": 0, "help": "last train images, to be the test set"},
     "feature_weight": {"type": WEIGHT, "default": 0.0, "help": "of features in the loss"},
     "feature_run": {"type": str, "default": "", "help": "run whose encoder gives those features"},
@@ -249,7 +252,7 @@ def parse_state(content):
 
 
 def parse_weights(content):
-    """Return the dict in a file of torch.save, running no code."""
+    """Return the dict in a file of torch.save; code in it is not run."""
     file = io.BytesIO(content)
     if zipfile.is_zipfile(file) and zipfile.ZipFile(file).testzip():
         raise ValueError("a checksum is wrong")  # at which torch.load does not look

@@ -25,7 +25,7 @@ def parse_arguments():
     """Return the command line's settings; the defaults are the report's."""
     parser = data.command_line(__doc__)
     device = {"choices": ["auto", "cpu", "cuda", "mps"], "default": "auto"}
-    parser.add_argument("--device", **device, help="auto: first of cuda, mps, cpu that is right")
+    parser.add_argument("--device", **device, help="auto: first of cuda, mps, cpu that works")
     for name, option in data.SETTINGS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", **option)
     args = parser.parse_args()
