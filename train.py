@@ -48,7 +48,7 @@ def main():
     (train_images, _), (test_images, _) = data.load_splits(args.data, args.hold_out)
     tune()
     torch.manual_seed(args.seed)
-    model = load_model(writer.run) if writer.run else MODELS[args.model](args.latent_dim)
+    model = writer.model or MODELS[args.model](args.latent_dim)
     device = choose_device(args.device, model, train_images[:BATCH])
     model.to(device, memory_format=memory_format(device))
     lr = torch.zeros((), device=device)  # where a captured step reads the rate at each replay
@@ -163,18 +163,18 @@ def load_encoder(path):
 
 class Writer:
     """What opens a folder for a run with these settings, and then keeps it there. `run` is the
-    data.Run to go on from, or None. UserError if the folder has a run with other settings, or files
-    of one without (or with a damaged) state.pth. Another train.py may choose the same folder, and
-    locks fail on many file systems: so before state.pth is replaced it must, by its digest, be the
-    one that was last read or written here."""
+    data.Run to go on from and `model` its network, or both are None. UserError if the folder has a
+    run with other settings, or files of one without (or with a damaged) state.pth. Another train.py
+    may choose the same folder, and locks fail on many file systems: so before state.pth is replaced
+    it must, by its digest, be the one that was last read or written here."""
 
     def __init__(self, path, settings):
-        self.path, self.run, self.remarks = path, None, set()
+        self.path, self.run, self.model, self.remarks = path, None, None, set()
         self.seen = data.read(path / data.STATE, data.sha256)
         if self.seen:
             self.run = data.read_run(path)
             check_settings(self.run, settings)
-            load_model(self.run)  # before views are replaced by what cannot be loaded
+            self.model = load_model(self.run)  # before views are replaced by what fails here
             self.write_views(self.run.settings, self.run.weights, self.run.log)
         elif any((path / name).exists() for name in data.RUN_FILES):
             there = data.read(path / data.CONFIG, data.parse_config)
