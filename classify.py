@@ -1,8 +1,8 @@
-"""Measure a run: a Random Forest on its latent codes, and its quality as a generative model."""
+"""Evaluate a run: fit a Random Forest on its latent means, and measure its images and samples."""
 
 import sys
-from functools import partial
 
+import sklearn
 import torch
 import torch.nn.functional as F
 from sklearn.decomposition import PCA
@@ -11,136 +11,265 @@ from sklearn.metrics import confusion_matrix
 from sklearn.neighbors import NearestNeighbors
 
 import data
-import model
+from data import UserError
+from model import (
+    BATCH_SIZE,
+    CLASSIFICATION,
+    active_dimensions,
+    digest,
+    kl_divergence,
+    latent_means,
+    load_run,
+    load_run_data,
+    read_classification,
+    reconstruction_bce,
+    sample_mixture,
+)
+
+DESCRIPTION = """Evaluate a run: fit a Random Forest on its latent means, print its accuracy and
+confusion matrix, and measure the quality of reconstructions and samples. Everything is written to
+classification.json in the folder of the run.
+"""
 
 
+# A notebook may have told scikit-learn to return data frames instead of arrays.
+@sklearn.config_context(transform_output="default")
 def main():
-    parser = data.command_line(__doc__)
-    parser.add_argument("--baselines", action="store_true", help="also try raw pixels and PCA")
+    parser, _ = data.command_line(DESCRIPTION)
+    parser.add_argument(
+        "--baselines",
+        action="store_true",
+        help="also fit the Random Forest on raw pixels and on principal components, and measure "
+        "training images as if they were samples",
+    )
     args = parser.parse_args()
-    run = data.read_run(args.run)
+    run = load_run(args.run)
     print(run)
-    latent_dim, path = run.settings["latent_dim"], run.path / data.CLASSIFICATION
-    vae = model.load_model(run)
-    splits = data.load_splits(args.data, run.settings["hold_out"])
-    (train_images, train_labels), (test_images, test_labels) = splits
-    components = min(len(train_images), 28 * 28)
-    if args.baselines and latent_dim > components:
-        raise data.UserError(f"--baselines: PCA has {components} components, not {latent_dim}")
+    train, test = load_run_data(run, args.data)
+    train_images, train_labels = train
+    test_images, test_labels = test
+    latent_dim = run.config["latent_dim"]
+    most_components = min(len(train_images), 28 * 28)
+    if args.baselines and latent_dim > most_components:
+        raise UserError(
+            f"--baselines needs {latent_dim} principal components, as many as there are latent "
+            f"dimensions, but the training images have only {most_components}."
+        )
+    if gradient_energy(test_images) == 0:
+        raise UserError("The test images are blank: none of them has any edges to be measured.")
 
-    train_mu, test_mu = (model.latent_means(vae, images) for images in (train_images, test_images))
-    # In float64 PCA, like μ, is the same on every machine.
-    flat_train, flat_test = (images.flatten(1).double() for images in (train_images, test_images))
-    pca = PCA(min(50, components), random_state=42).fit(flat_train)
-    mixture_z = model.sample_mixture(vae, train_images, len(test_images))
-    metrics = measure(vae, test_images, mixture_z, pca)
-    # Of the gap between train and test loss, the difference of the floors is the data's own.
-    train_floor = model.reconstruction_bce(train_images, train_images) / len(train_images)
-    metrics["train_bce_floor"] = train_floor.item()
-    metrics["active_dimensions"] = model.active_dimensions(test_mu)
-
+    # The Random Forest on latent means.
+    train_mu = latent_means(run.model, train_images)
+    test_mu = latent_means(run.model, test_images)
     predicted = fit_forest(train_mu, train_labels).predict(test_mu)
     matrix = confusion_matrix(test_labels, predicted, labels=range(len(data.CLASSES)))
     accuracy = matrix.trace() / matrix.sum()
-    recall = matrix.diagonal() / matrix.sum(axis=1).clip(min=1)
-    print("Confusion matrix: a row a true class, a column a predicted one, in the same order")
-    for name, counts, share in zip(data.CLASSES, matrix, recall):
-        print(f"{name:11}", *(f"{count:4}" for count in counts), f"{share * 100:6.1f}% right")
-    print(f"Classification accuracy: {accuracy * 100:.2f}%")
+    recall = matrix.diagonal() / matrix.sum(axis=1).clip(min=1)  # a class may have no images
+    print_classification(matrix, accuracy, recall)
 
-    # They depend on no weights, so those of before stay.
-    baselines = (data.read(path, data.parse_classification) or {}).get("baselines")
-    if args.baselines:
-        reduced = PCA(latent_dim, random_state=42).fit(flat_train)
-        features = {"pixels": (flat_train, flat_test)}
-        features["pca"] = [reduced.transform(split) for split in (flat_train, flat_test)]
-        baselines = {}
-        for name, (train, test) in features.items():
-            baselines[name] = fit_forest(train, train_labels).score(test, test_labels)
-            print(f"The same forest on {name}: {baselines[name] * 100:.2f}%")
-        as_many = train_images[: len(test_images)]
-        baselines["training_images"] = compare(as_many, test_images, pca)
+    # Reconstructions and samples.
+    pca = fit_pca(train_images, min(50, most_components))
+    mixture_z = sample_mixture(run.model, train_images, len(test_images))
+    metrics = evaluate(run.model, test_images, mixture_z, pca)
+    # Part of the gap between the test and the training loss is the difference of these minima.
+    metrics["train_bce_floor"] = minimum_bce(train_images)
+    metrics["active_dimensions"] = active_dimensions(test_mu)
     for name, value in metrics.items():
         print(f"{name}: {value:.4g}")
-    if not metrics["active_dimensions"]:
-        print("Remark: no dimension of the code is active.", file=sys.stderr)
+    if metrics["active_dimensions"] == 0:
+        print(
+            "Warning: all latent dimensions have collapsed (the variance of mu is at most 0.01). "
+            "A smaller --beta may help.",
+            file=sys.stderr,
+        )
 
-    result = {"epoch": len(run.log), "sha256": data.digest(run.weights), "accuracy": accuracy}
-    result |= {"recall": dict(zip(data.CLASSES, recall)), "confusion_matrix": matrix.tolist()}
-    data.write(path, {**result, "baselines": baselines, **metrics})
+    # Baselines do not depend on the weights, so those measured before are kept.
+    path = run.path / CLASSIFICATION
+    baselines = (read_classification(path) or {}).get("baselines")
+    if args.baselines:
+        baselines = measure_baselines(train, test, latent_dim, pca)
+
+    result = {
+        "epoch": len(run.log),
+        "sha256": digest(run.weights),
+        "accuracy": accuracy,
+        "recall": dict(zip(data.CLASSES, recall)),
+        "confusion_matrix": matrix.tolist(),
+        "baselines": baselines,
+        **metrics,
+    }
+    data.write_bytes(path, data.json_bytes(result))
 
 
-def fit_forest(x, y, random_state=42):
-    """Return the report's forest fitted to features x [N, D] and labels y [N]."""
-    return RandomForestClassifier(100, random_state=random_state, n_jobs=-1).fit(x, y)
+# --- Classification -----------------------------------------------------------------------
+
+
+def fit_forest(features, labels, random_state=42):
+    """Return the report's Random Forest, fitted to features [N, D] and labels [N]."""
+    forest = RandomForestClassifier(n_estimators=100, random_state=random_state, n_jobs=-1)
+    return forest.fit(features, labels)
+
+
+def print_classification(matrix, accuracy, recall):
+    """Print a confusion matrix [10, 10], the share of each class that is correct, the accuracy."""
+    print("Confusion matrix (rows: true class, columns: predicted class, in the same order)")
+    for name, counts, share in zip(data.CLASSES, matrix, recall):
+        print(f"{name:11}", *(f"{count:4}" for count in counts), f"{share * 100:6.1f}% correct")
+    print(f"Classification accuracy: {accuracy * 100:.2f}%")
+
+
+def measure_baselines(train, test, latent_dim, pca):
+    """Return what the metrics are without a VAE, as a dict.
+
+    pixels, pca: accuracy of the Random Forest on the 784 pixels, and on `latent_dim` principal
+    components. training_images: sample quality of as many training images as there are test images.
+    """
+    train_images, train_labels = train
+    test_images, test_labels = test
+    # In float64, so that the result is the same on every machine.
+    train_pixels = train_images.flatten(1).double()
+    test_pixels = test_images.flatten(1).double()
+    forest = fit_forest(train_pixels, train_labels)
+    pixels_accuracy = forest.score(test_pixels, test_labels)
+    print(f"Random Forest on pixels: {pixels_accuracy * 100:.2f}%")
+
+    latent_pca = fit_pca(train_images, latent_dim)
+    forest = fit_forest(latent_pca.transform(train_pixels), train_labels)
+    pca_accuracy = forest.score(latent_pca.transform(test_pixels), test_labels)
+    print(f"Random Forest on {latent_dim} principal components: {pca_accuracy * 100:.2f}%")
+
+    return {
+        "pixels": pixels_accuracy,
+        "pca": pca_accuracy,
+        "training_images": sample_quality(train_images[: len(test_images)], test_images, pca),
+    }
+
+
+# --- Reconstructions ----------------------------------------------------------------------
 
 
 @torch.no_grad()
-def measure(vae, images, mixture_z, pca):
-    """Return what tells of reconstructions and samples, for N test images [N, 1, 28, 28].
-    A reconstruction is the model's forward pass, z sampled, as in the test loss.
+def evaluate(model, images, mixture_z, pca):
+    """Return metrics of reconstructions and samples for test images [N, 1, 28, 28], as a dict.
+
+    A reconstruction is the output of the model with z sampled, as in the test loss.
+
     - bce, kld: the two terms of the loss, in nats per image.
-    - bce_floor: the BCE of a perfect reconstruction, the entropy of the grey values themselves.
-    - excess_bce: bce − bce_floor.
-    - mse: squared error per pixel, values in [0, 1].
-    - sharpness_reconstructions: gradient energy of reconstructions over that of the images.
-    - frechet, precision, recall, of `compare`: `_samples` of N from N(0, I), and
-      `_mixture_samples` of `mixture_z` [N, latent_dim], each decoded."""
+    - bce_floor: the minimum BCE, that of a perfect reconstruction, in nats per image.
+    - excess_bce: bce - bce_floor.
+    - mse: mean squared error per pixel, for pixels in [0, 1].
+    - sharpness_reconstructions: gradient energy of the reconstructions divided by that of images.
+    - frechet, precision and recall (see `sample_quality`), with `_samples` appended for N samples
+      from N(0, I), and with `_mixture_samples` for `mixture_z` [N, latent_dim], both decoded.
+    """
     torch.manual_seed(0)
-    outputs = zip(*(vae(x) for x in images.split(model.BATCH)))
-    reconstructions, mu, logvar = (torch.cat(parts) for parts in outputs)
-    bce = model.reconstruction_bce(reconstructions, images).item() / len(images)
-    bce_floor = model.reconstruction_bce(images, images).item() / len(images)
+    reconstructions = []
+    means = []
+    log_variances = []
+    for batch in images.split(BATCH_SIZE):
+        reconstruction, mu, logvar = model(batch)
+        reconstructions.append(reconstruction)
+        means.append(mu)
+        log_variances.append(logvar)
+    reconstructions = torch.cat(reconstructions)
+    mu = torch.cat(means)
+    logvar = torch.cat(log_variances)
+
+    bce = reconstruction_bce(reconstructions, images).item() / len(images)
+    bce_floor = minimum_bce(images)
     metrics = {
         "bce": bce,
-        "kld": model.kl_divergence(mu, logvar).item() / len(images),
+        "kld": kl_divergence(mu, logvar).item() / len(images),
         "bce_floor": bce_floor,
         "excess_bce": bce - bce_floor,
         "mse": F.mse_loss(reconstructions, images).item(),
         "sharpness_reconstructions": gradient_energy(reconstructions) / gradient_energy(images),
     }
-    for name, z in {"samples": torch.randn_like(mu), "mixture_samples": mixture_z}.items():
-        samples = torch.cat([vae.decode(part) for part in z.split(model.BATCH)])
-        likeness = compare(samples, images, pca)
-        metrics |= {f"{measure}_{name}": value for measure, value in likeness.items()}
+    for name, z in [("samples", torch.randn_like(mu)), ("mixture_samples", mixture_z)]:
+        samples = torch.cat([model.decode(batch) for batch in z.split(BATCH_SIZE)])
+        for metric, value in sample_quality(samples, images, pca).items():
+            metrics[f"{metric}_{name}"] = value
     return metrics
 
 
+def minimum_bce(images):
+    """Return the BCE of perfect reconstructions, in nats per image: the entropy of gray pixels."""
+    return reconstruction_bce(images, images).item() / len(images)
+
+
 def gradient_energy(images):
-    """Return the mean over images of Σ (∂x)² + (∂y)², differences of neighbouring pixels. A measure
-    of focus (Subbarao, Choi & Nikzad, 1993): blur lowers it."""
-    dy, dx = images.diff(dim=2), images.diff(dim=3)
+    """Return the mean over images of Σ (∂x)² + (∂y)², from differences of neighboring pixels.
+
+    Blur lowers it, so it measures sharpness (Subbarao, Choi & Nikzad, 1993).
+    """
+    dy = images.diff(dim=2)
+    dx = images.diff(dim=3)
     return (dy.square().sum() + dx.square().sum()).item() / len(images)
 
 
-def compare(samples, images, pca):
-    """Return how like `images` [N, 1, 28, 28] `samples` [M, 1, 28, 28] are, both taken as points by
-    `pca`, which was fitted to the pixels of training images. There is no Inception network in it,
-    so none of the three compares with others' figures.
-    - frechet: ‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2 (Σ₁Σ₂)^½) of the Gaussians fitted to the two sets
-      (Heusel et al., 2017): 0 if means and covariances agree; lower is better.
-    - precision: share of samples that lie among images, that is, no farther from some image than
-      its third nearest other image; recall: of images that lie among samples (Kynkäänniemi et al.,
-      2019). From 0 to 1, higher is better, but blur raises precision: real images have less."""
-    points = [torch.tensor(pca.transform(x.flatten(1).double())) for x in (samples, images)]
-    means = [x.mean(dim=0) for x in points]
-    # With centred points A = QR a covariance is RᵀR, and tr (Σ₁Σ₂)^½ the nuclear norm of R₁R₂ᵀ.
-    a, b = (torch.linalg.qr(x - mean).R / (len(x) - 1) ** 0.5 for x, mean in zip(points, means))
-    frechet = (means[0] - means[1]).square().sum() + (a.square().sum() + b.square().sum())
-    frechet -= 2 * torch.linalg.matrix_norm(a @ b.T, "nuc")
-    precision, recall = share_among(*points), share_among(*reversed(points))
-    return {"frechet": frechet.item(), "precision": precision, "recall": recall}
+# --- Samples ------------------------------------------------------------------------------
 
 
-def share_among(points, others):
-    """Return the share of `points` [N, D] as near to one of `others` as its third neighbour."""
-    nearest = NearestNeighbors(n_neighbors=4).fit(others)  # itself and three others
-    radius = torch.tensor(nearest.kneighbors(others)[0][:, -1])
-    # Not by products of matrices, which put a point at some distance from itself.
-    distances = partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")
-    among = [(distances(part, others) <= radius).any(dim=1) for part in points.split(500)]
-    return torch.cat(among).double().mean().item()
+def sample_quality(samples, images, pca):
+    """Compare samples [M, 1, 28, 28] with images [N, 1, 28, 28]. Return three metrics as a dict.
+
+    Both are compared as points in the principal components `pca` of the pixels. There is no
+    Inception network, so the values cannot be compared with an FID in the literature.
+
+    - frechet: the Fréchet distance of the two Gaussians fitted to the points (Heusel et al., 2017).
+      It is 0 if means and covariances agree. Lower is better.
+    - precision: the share of samples that lie on the manifold of the images. recall: the share of
+      images that lie on the manifold of the samples (Kynkäänniemi et al., 2019). Both are from 0 to
+      1, and higher is better, but blurred samples have a higher precision than real images.
+    """
+    sample_points = torch.tensor(pca.transform(samples.flatten(1).double()))
+    image_points = torch.tensor(pca.transform(images.flatten(1).double()))
+    return {
+        "frechet": frechet_distance(sample_points, image_points),
+        "precision": share_within_manifold(sample_points, image_points),
+        "recall": share_within_manifold(image_points, sample_points),
+    }
+
+
+def fit_pca(images, components):
+    """Return a PCA of the pixels, fitted to images [N, 1, 28, 28]."""
+    # In float64, so that the result is the same on every machine.
+    return PCA(components, random_state=42).fit(images.flatten(1).double())
+
+
+def frechet_distance(points, reference):
+    """Return the Fréchet distance of the Gaussians fitted to points [M, D] and reference [N, D].
+
+    It is ||m₁ - m₂||² + tr(C₁ + C₂ - 2 (C₁ C₂)^½) for means m and covariances C.
+    """
+    # With the QR decomposition of the centered points, C = RᵀR. Then tr C is the sum of the squares
+    # of R, and tr (C₁ C₂)^½ is the nuclear norm of R₁ R₂ᵀ.
+    mean = points.mean(dim=0)
+    reference_mean = reference.mean(dim=0)
+    r = torch.linalg.qr(points - mean).R / (len(points) - 1) ** 0.5
+    reference_r = torch.linalg.qr(reference - reference_mean).R / (len(reference) - 1) ** 0.5
+    distance = (mean - reference_mean).square().sum()
+    distance += r.square().sum() + reference_r.square().sum()
+    distance -= 2 * torch.linalg.matrix_norm(r @ reference_r.T, "nuc")
+    return distance.item()
+
+
+def share_within_manifold(points, reference):
+    """Return the share of points [M, D] that lie on the manifold of the reference points [N, D].
+
+    A point lies on the manifold if its distance to some reference point is at most the distance
+    from that reference point to its third-nearest neighbor (Kynkäänniemi et al., 2019, k = 3).
+    """
+    neighbors = NearestNeighbors(n_neighbors=4).fit(reference)  # each point itself and three others
+    distances, _ = neighbors.kneighbors(reference)
+    radii = torch.tensor(distances[:, 3])
+    inside = []
+    for chunk in points.split(500):
+        # Matrix products would put a point at a nonzero distance from itself.
+        distances = torch.cdist(chunk, reference, compute_mode="donot_use_mm_for_euclid_dist")
+        inside.append((distances <= radii).any(dim=1))
+    return torch.cat(inside).double().mean().item()
 
 
 if __name__ == "__main__":
-    data.run_script(main, "nothing is written; the same command starts over")
+    data.run_script(main, when_interrupted="Nothing was written. Run the same command again.")

@@ -1,17 +1,17 @@
-"""Draw a run: its loss curves, reconstructions, samples, confusion matrix and latent space."""
+"""Draw the figures of a run: losses, reconstructions, samples, latent space, confusion matrix."""
 
+import io
 import os
 import sys
-from pathlib import Path
-from textwrap import fill
+import textwrap
 
-try:
-    import matplotlib.style
-except ValueError:  # at a MPLBACKEND that is inherited from a notebook and not installed here
-    os.environ.pop("MPLBACKEND", None)
-    for name in [name for name in sys.modules if name.startswith("matplotlib")]:
-        del sys.modules[name]  # half imported
-    import matplotlib.style
+# The figures need no backend, but matplotlib cannot be imported if MPLBACKEND names one that is not
+# installed. A notebook's own backend (module://…) stays, so that its plots keep working.
+if not os.environ.get("MPLBACKEND", "module://").startswith("module://"):
+    os.environ["MPLBACKEND"] = "agg"
+
+import matplotlib.style
+import sklearn
 import torch
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -20,119 +20,196 @@ from sklearn.manifold import TSNE
 from sklearn.metrics import ConfusionMatrixDisplay
 
 import data
-from model import active_dimensions, latent_means, load_model, sample_mixture
+from model import (
+    active_dimensions,
+    current_classification,
+    latent_means,
+    load_run,
+    load_run_data,
+    sample_mixture,
+)
+
+DESCRIPTION = """Draw the figures of a run, as PNG files in its folder: loss curves,
+reconstructions, samples, interpolations, the latent space and, once classify.py has measured the
+run, the confusion matrix.
+"""
 
 
 @torch.no_grad()
-@matplotlib.style.context("default")  # whatever a user's matplotlibrc says
+@matplotlib.style.context("default")  # whatever the user's matplotlibrc says
+# A notebook may have told scikit-learn to return data frames instead of arrays.
+@sklearn.config_context(transform_output="default")
 def main():
-    parser = data.command_line(__doc__)
-    compare = {"nargs": "+", "default": [], "help": "show their reconstructions too"}
-    parser.add_argument("--compare", type=Path, metavar="RUN", **compare)
+    parser, _ = data.command_line(DESCRIPTION)
     args = parser.parse_args()
-    runs = [data.read_run(path) for path in (args.run, *args.compare)]
-    print(*runs, sep="\n")
-    models, run = [load_model(one) for one in runs], runs[0]
-    classification = data.read_classification(run)
-    splits = data.load_splits(args.data, run.settings["hold_out"])
-    (train_images, _), (images, labels) = splits
+    run = load_run(args.run)
+    print(run)
+    classification = current_classification(run)
+    (train_images, _), (test_images, test_labels) = load_run_data(run, args.data)
+    classes = test_labels.unique().tolist()
+    firsts = first_images(test_images, test_labels)
 
     save(run, "loss_curves.png", draw_losses(run.log))
-    classes = labels.unique()
-    firsts = images[[(labels == k).nonzero()[0].item() for k in classes]]
-    rows, names = [firsts], ["original", *(one.describe() for one in runs)]
-    for model in models:
-        torch.manual_seed(0)
-        rows.append(model(firsts)[0])
-    save(run, "reconstructions.png", draw_grid(rows, names, [data.CLASSES[k] for k in classes]))
-    z, names = sample_codes(models[0], run.settings["latent_dim"], train_images)
-    save(run, "samples.png", draw_grid(models[0].decode(z).split(10), names))
-    mu = latent_means(models[0], images[:5000])  # t-SNE takes its time
-    if active_dimensions(mu):
-        save(run, "latent_space.png", draw_latent_space(mu, labels[: len(mu)]))
+    save(run, "reconstructions.png", draw_reconstructions(run.model, firsts, classes))
+    save(run, "samples.png", draw_samples(run.model, run.config["latent_dim"], train_images))
+    if len(classes) > 1:
+        save(run, "interpolations.png", draw_interpolations(run.model, firsts))
+    mu = latent_means(run.model, test_images[:5000])  # t-SNE of all 10,000 would take minutes
+    if active_dimensions(mu) > 0:
+        save(run, "latent_space.png", draw_latent_space(mu, test_labels[:5000]))
     else:
-        print("Remark: no latent_space.png, for no dimension is active.", file=sys.stderr)
+        print(
+            "Warning: all latent dimensions have collapsed, so latent_space.png is not drawn.",
+            file=sys.stderr,
+        )
     if classification:
         save(run, "confusion_matrix.png", draw_confusion_matrix(classification))
 
 
 def save(run, name, figure):
-    """Write a figure into the run's folder, and say so."""
-    data.write(run.path / name, figure)
+    """Write a figure to the folder of a run, and print its path."""
+    data.write_bytes(run.path / name, png_bytes(figure))
     print(run.path / name)
 
 
+def png_bytes(figure):
+    """Return a figure as the content of a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight")
+    return buffer.getvalue()
+
+
+def first_images(images, labels):
+    """Return the first image of each class that occurs, [C, 1, 28, 28]."""
+    indices = []
+    for label in labels.unique():
+        indices.append((labels == label).nonzero()[0].item())
+    return images[indices]
+
+
+# --- One function per figure --------------------------------------------------------------
+
+
 def draw_losses(log):
-    """Return a figure of the loss and of its two terms, in nats per image, over the epochs."""
+    """Draw the loss and its two terms over the epochs, in nats per image."""
     if len(log) > 2:
-        log = log[1:]  # the first epoch, far above the others, would flatten them
+        log = log[1:]  # the loss of the first epoch is so high that it would flatten the curves
+    epochs = [row["epoch"] for row in log]
+    marker = "." if len(log) < 10 else ""
     figure = Figure(figsize=(11, 3.2), layout="constrained")
-    titles = {"loss": "Loss = BCE + KLD", "bce": "BCE, reconstruction", "kld": "KLD, latent code"}
-    for axis, (loss, title) in zip(figure.subplots(1, 3), titles.items()):
-        for split in ("train", "test"):
-            points = zip(*((row["epoch"], row[f"{split}_{loss}"]) for row in log))
-            axis.plot(*points, label=split, marker="." if len(log) < 10 else "")
+    axes = figure.subplots(1, 3)
+    titles = {
+        "loss": "Loss = BCE + KLD",
+        "bce": "BCE (reconstruction)",
+        "kld": "KLD (latent codes)",
+    }
+    for axis, (loss, title) in zip(axes, titles.items()):
+        for split, color in [("train", "C0"), ("test", "C1")]:
+            values = [row[f"{split}_{loss}"] for row in log]
+            axis.plot(epochs, values, color=color, label=split, marker=marker)
         axis.set(title=title, xlabel="epoch")
         axis.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("nats per image")
-    figure.axes[0].legend()
+    axes[0].set_ylabel("nats per image")
+    axes[0].legend()
     return figure
 
 
-def sample_codes(model, latent_dim, train_images):
-    """Return codes [100, latent_dim] to decode, and names for their rows of ten. Half are from N(0,
-    I), half from a mixture fitted to codes of images (Ghosh et al., 2020); if there are two
-    dimensions, a grid of normal quantiles (Kingma & Welling, 2014, figure 4)."""
+def draw_reconstructions(model, images, classes):
+    """Draw images [C, 1, 28, 28] of these classes, and below them their reconstructions."""
+    torch.manual_seed(0)
+    reconstructions, _, _ = model(images)
+    titles = [data.CLASSES[label] for label in classes]
+    return draw_grid([images, reconstructions], ["original", "reconstruction"], titles)
+
+
+def draw_samples(model, latent_dim, train_images):
+    """Draw 100 decoded latent codes, ten in a row.
+
+    The first 50 are drawn from N(0, I), the others from a mixture of Gaussians fitted to the latent
+    means of training images (Ghosh et al., 2020). With two latent dimensions, the codes are a grid
+    of quantiles of the normal distribution instead (Kingma & Welling, 2014, figure 4).
+    """
     if latent_dim == 2:
         quantiles = torch.special.ndtri(torch.linspace(0.05, 0.95, 10))
-        return torch.cartesian_prod(quantiles, quantiles), ()
-    torch.manual_seed(0)
-    mixture_z = sample_mixture(model, train_images, 50)
-    names = ["N(0, I)", *[""] * 4, "mixture"]
-    return torch.cat((torch.randn(50, latent_dim), mixture_z)), names
+        z = torch.cartesian_prod(quantiles, quantiles)
+        row_names = []
+    else:
+        torch.manual_seed(0)
+        mixture_z = sample_mixture(model, train_images, 50)
+        z = torch.cat((torch.randn(50, latent_dim), mixture_z))
+        row_names = ["N(0, I)", "", "", "", "", "mixture"]
+    return draw_grid(model.decode(z).split(10), row_names)
 
 
-def draw_grid(rows, names=(), titles=()):
-    """Return a figure of rows of images [C, 1, 28, 28], with names at the left, titles above."""
-    figure = Figure(figsize=(1.1 * len(rows[0]), 1.15 * len(rows)), layout="constrained")
+def draw_interpolations(model, images):
+    """Draw the way from one image to another, in a row for each pair of images [C, 1, 28, 28].
+
+    Each row has an image, ten decoded points at equal distances on the straight line between the
+    latent means of the two images, and the other image. The pairs are the first and second image,
+    the third and fourth, and so on.
+    """
+    mu = latent_means(model, images)
+    steps = torch.linspace(0, 1, 10).unsqueeze(1)
+    rows = []
+    for first in range(0, len(images) - 1, 2):
+        second = first + 1
+        z = (1 - steps) * mu[first] + steps * mu[second]
+        rows.append(torch.cat((images[[first]], model.decode(z), images[[second]])))
+    titles = ["original", *[""] * 10, "original"]
+    return draw_grid(rows, titles=titles)
+
+
+def draw_latent_space(mu, labels):
+    """Draw latent means [N, latent_dim] in two dimensions, by PCA and by t-SNE."""
+    if mu.shape[1] == 1:
+        mu = torch.cat((mu, torch.zeros_like(mu)), dim=1)  # both methods need two columns
+    # The perplexity must be smaller than the number of points. 30 is scikit-learn's default.
+    tsne = TSNE(perplexity=min(30, len(mu) / 4), random_state=0, n_jobs=-1)
+    methods = {"PCA": PCA(2, random_state=0), "t-SNE": tsne}
+    point_colors = [f"C{label}" for label in labels]
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    for axis, (name, method) in zip(figure.subplots(1, 2), methods.items()):
+        points = method.fit_transform(mu)
+        axis.scatter(points[:, 0], points[:, 1], c=point_colors, s=2)
+        axis.set(title=f"{name} of μ, {len(mu):,} test images", xticks=[], yticks=[])
+    handles = []
+    for label in range(len(data.CLASSES)):
+        handles.append(Line2D([], [], marker="o", linestyle="", color=f"C{label}"))
+    figure.legend(handles, data.CLASSES, loc="outside right center")
+    return figure
+
+
+def draw_confusion_matrix(classification):
+    """Draw the confusion matrix in the content of classification.json."""
+    matrix = torch.tensor(classification["confusion_matrix"]).numpy()
+    accuracy = f"{classification['accuracy'] * 100:.2f} % correct"
+    figure = Figure(figsize=(6.5, 6.5), layout="constrained")
+    axis = figure.subplots()
+    ConfusionMatrixDisplay(matrix, display_labels=data.CLASSES).plot(
+        ax=axis, cmap="Blues", colorbar=False, xticks_rotation=60, values_format="d"
+    )
+    axis.set_title(f"Random Forest on μ, epoch {classification['epoch']}: {accuracy}")
+    return figure
+
+
+def draw_grid(rows, row_names=(), titles=()):
+    """Draw rows of images [C, 1, 28, 28], with names at their left and titles above the columns."""
+    columns = len(rows[0])
+    figure = Figure(figsize=(1.1 * columns, 1.15 * len(rows)), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
-    no_ticks = {"xticks": [], "yticks": []}
-    axes = figure.subplots(len(rows), len(rows[0]), squeeze=False, subplot_kw=no_ticks)
-    for axis, picture in zip(axes.flat, torch.cat([*rows])):
-        axis.imshow(picture[0].numpy(), cmap="gray", vmin=0, vmax=1)
-    for axis, name in zip(axes[:, 0], names):
-        axis.set_ylabel(fill(name, 12), fontsize=11)
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for row, row_axes in zip(rows, axes):
+        for image, axis in zip(row, row_axes):
+            axis.imshow(image[0].numpy(), cmap="gray", vmin=0, vmax=1)
+            axis.set(xticks=[], yticks=[])
+    for axis, name in zip(axes[:, 0], row_names):
+        axis.set_ylabel(textwrap.fill(name, 12), fontsize=11)
     for axis, title in zip(axes[0], titles):
         axis.set_title(title, fontsize=11)
     return figure
 
 
-def draw_latent_space(mu, labels):
-    """Return a figure of μ [N, latent_dim] in two dimensions, by PCA and by t-SNE."""
-    if mu.shape[1] == 1:
-        mu = torch.cat((mu, torch.zeros_like(mu)), dim=1)  # both want two columns
-    # The default perplexity, 30, must be below the number of points.
-    tsne = TSNE(perplexity=min(30, len(mu) / 4), random_state=0, n_jobs=-1)
-    methods = {"PCA": PCA(2, random_state=0), "t-SNE": tsne}
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    for axis, (name, method) in zip(figure.subplots(1, 2), methods.items()):
-        axis.scatter(*method.fit_transform(mu).T, c=[f"C{k}" for k in labels], s=2)
-        axis.set(title=f"{name} of μ, {len(mu):,} test images", xticks=[], yticks=[])
-    points = [Line2D([], [], marker="o", linestyle="", color=f"C{k}") for k in range(10)]
-    figure.legend(points, data.CLASSES, loc="outside right center")
-    return figure
-
-
-def draw_confusion_matrix(result):
-    """Return a figure of the counts that classify.py found, rows true, columns predicted."""
-    figure = Figure(figsize=(6.5, 6.5), layout="constrained")
-    axis, matrix = figure.subplots(), torch.tensor(result["confusion_matrix"]).numpy()
-    display = ConfusionMatrixDisplay(matrix, display_labels=data.CLASSES)
-    display.plot(ax=axis, cmap="Blues", colorbar=False, xticks_rotation=60, values_format="d")
-    right = f"{result['accuracy'] * 100:.2f} % right"
-    axis.set_title(f"Random Forest on μ, epoch {result['epoch']}: {right}")
-    return figure
-
-
 if __name__ == "__main__":
-    data.run_script(main, "the figures that were named are whole; the same command starts over")
+    data.run_script(
+        main, when_interrupted="Run the same command again. The figures listed above are complete."
+    )

@@ -1,6 +1,9 @@
-"""Print tables of the runs in a folder: losses, codes, samples. Draw the figures that compare them.
+"""Print the tables of results/README.md, and draw the figures that compare runs.
 
-python results/summary.py shows results/; another folder, such as results/search, can be named.
+python results/summary.py                  # the tables of all runs in results/
+python results/summary.py results/search   # the tables of the search
+python results/summary.py --figures        # draws the figures first
+python results/summary.py --pixels         # first fits ten Random Forests on pixels (10 minutes)
 """
 
 import argparse
@@ -8,186 +11,393 @@ import json
 import sys
 from pathlib import Path
 from statistics import mean, stdev
+from typing import NamedTuple
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
+RESULTS = Path(__file__).parent
+ROOT = RESULTS.parent
+sys.path.insert(0, str(ROOT))
+import data
+import plots  # before matplotlib, because it lets matplotlib be imported whatever MPLBACKEND says
+
+# isort: split
+import matplotlib.style
 import torch
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
 from sklearn.metrics import ConfusionMatrixDisplay
 
-import data
-import plots
 from classify import fit_forest
-from model import load_model, sample_mixture
-from plots import Figure, matplotlib  # which it imports whatever a notebook's settings are
+from data import UserError
+from model import current_classification, load_run, read_run, sample_mixture
 
-# The columns of each table: what is shown of a run, times what, and with how many decimals.
-LOSSES = {
-    "Train loss, epoch 1": ("first_loss", 1, 1),
-    "Train loss": ("train_loss", 1, 2),
-    "Test loss": ("test_loss", 1, 2),
-    "Test − train": ("gap", 1, 2),
-    "BCE − floor": ("excess_bce", 1, 2),
-    "KLD": ("kld", 1, 2),
+
+class Column(NamedTuple):
+    """A column of a table. Cells are values of `key`, multiplied by `factor`."""
+
+    title: str
+    key: str
+    factor: float
+    digits: int  # after the decimal point
+
+
+LOSSES = [
+    Column("Train loss, epoch 1", "first_train_loss", 1, 1),
+    Column("Train loss", "train_loss", 1, 2),
+    Column("Test loss", "test_loss", 1, 2),
+    Column("Test − train", "gap", 1, 2),
+    Column("BCE − minimum", "excess_bce", 1, 2),
+    Column("KLD", "kld", 1, 2),
+]
+RECONSTRUCTIONS = [
+    Column("MSE × 1000", "mse", 1000, 2),
+    Column("Sharpness", "sharpness_reconstructions", 1, 3),
+    Column("Active dimensions", "active_dimensions", 1, 1),
+    Column("Accuracy, %", "accuracy", 100, 2),
+]
+SAMPLES = [
+    Column("Fréchet", "frechet_samples", 1, 2),
+    Column("Precision", "precision_samples", 1, 2),
+    Column("Recall", "recall_samples", 1, 2),
+    Column("Fréchet, mixture", "frechet_mixture_samples", 1, 2),
+    Column("Precision, mixture", "precision_mixture_samples", 1, 2),
+    Column("Recall, mixture", "recall_mixture_samples", 1, 2),
+]
+COMPARED = [
+    Column("Test loss", "test_loss", 1, 2),
+    Column("BCE", "bce", 1, 2),
+    Column("KLD", "kld", 1, 2),
+    Column("MSE", "mse", 1000, 2),
+    Column("Sharpness", "sharpness_reconstructions", 1, 3),
+    Column("Active dimensions", "active_dimensions", 1, 1),
+    Column("Accuracy", "accuracy", 100, 2),
+    Column("Fréchet", "frechet_samples", 1, 2),
+]
+
+# The report's proposals and other variants, by the folder of their runs.
+BASELINE = "latent32"
+VARIANTS = {
+    "deep": "Deep ConvVAE",
+    "deep-cosine": "Deep ConvVAE, cosine schedule",
+    "epochs200": "200 epochs",
+    "cosine": "cosine schedule",
+    "plateau": "plateau schedule",
+    "feature": "feature matching",
+    "latent2": "2 latent dimensions",
+    "latent8": "8 latent dimensions",
+    "latent16": "16 latent dimensions",
+    "latent64": "64 latent dimensions",
+    "latent128": "128 latent dimensions",
+    "beta0.1": "β = 0.1",
+    "beta0.5": "β = 0.5",
+    "beta2": "β = 2",
+    "beta4": "β = 4",
+    "fc-latent32": "fully connected VAE",
 }
-CODES = {
-    "MSE × 1000": ("mse", 1000, 2),
-    "Sharpness": ("sharpness_reconstructions", 1, 3),
-    "Active dimensions": ("active_dimensions", 1, 1),
-    "Accuracy, %": ("accuracy", 100, 2),
-}
-LIKENESS = {"Fréchet": "frechet", "Precision": "precision", "Recall": "recall"}
-SAMPLES = {title: (f"{name}_samples", 1, 2) for title, name in LIKENESS.items()}
-SAMPLES |= {f"{title}, mixture": (f"{LIKENESS[title]}_mixture_samples", 1, 2) for title in LIKENESS}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, nargs="?", default=HERE, help="of <setting>/seed<n>")
-    parser.add_argument("--data", type=Path, default=HERE.parent / "data" / "fashion-mnist")
-    pixels_help = "measure ten forests on the raw pixels first, in some ten minutes"
-    parser.add_argument("--pixels", action="store_true", help=pixels_help)
-    parser.add_argument("--figures", action="store_true", help="draw those of results/ first")
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [options] [folder]",
+        description="Print the tables of results/README.md. Draw the figures that compare runs.",
+    )
+    parser.add_argument(
+        "folder",
+        type=data.folder,
+        nargs="?",
+        default=RESULTS,
+        help="folder with runs in <name>/seed<n> (default: the folder of this script)",
+    )
+    parser.add_argument(
+        "--data",
+        type=data.folder,
+        metavar="DIR",
+        default=data.DEFAULT_ROOT,
+        help="folder with the four files of Fashion-MNIST",
+    )
+    parser.add_argument(
+        "--pixels",
+        action="store_true",
+        help="first fit ten Random Forests on the raw pixels, which takes about ten minutes",
+    )
+    parser.add_argument("--figures", action="store_true", help="first draw the figures")
     args = parser.parse_args()
     if args.pixels:
         measure_pixels(args.data)
     if args.figures:
         draw_figures(args.data)
-    print(tables(args.folder), end="")
+    print(tables(args.folder))
+    if args.folder == RESULTS:
+        print(differences_table())
+        print(page_numbers())
+
+
+# --- Reading results ----------------------------------------------------------------------
+
+
+class Result(NamedTuple):
+    """A run, and everything that was measured of it."""
+
+    run: object  # a model.Run
+    numbers: dict  # the last row of the loss log, classification.json, first_train_loss and gap
+
+
+def load_results(folder):
+    """Return the Result of each run in a folder of seeds, in the order of the seeds.
+
+    Runs without a classification of their weights are left out, with a warning.
+    """
+    results = []
+    for path in folder.glob("seed*"):
+        run = read_run(path)
+        classification = current_classification(run)
+        if classification:
+            last = run.log[-1]
+            numbers = {**last, **classification}
+            numbers["gap"] = last["test_loss"] - last["train_loss"]
+            numbers["first_train_loss"] = run.log[0]["train_loss"]
+            results.append(Result(run, numbers))
+    return sorted(results, key=seed_of)
+
+
+def seed_of(result):
+    """Return the random seed of a result's run."""
+    return result.run.config["seed"]
+
+
+def values_of(results, key):
+    """Return the values of one metric, from those results that have it."""
+    return [result.numbers[key] for result in results if key in result.numbers]
+
+
+# --- Tables -------------------------------------------------------------------------------
 
 
 def tables(folder):
-    """Return the tables of the runs in folder/*/seed*, in Markdown. Runs of a row differ in seed
-    alone; those without a classification of their present weights are left out, with a remark. What
-    `--baselines` measured has rows of its own. UserError if there is no run."""
-    groups, baselines = {}, {}
-    for known in read_known(folder.glob("*/seed*")):
-        run, found = known["run"], known.get("baselines") or {}
-        latent_dim, held = run.settings["latent_dim"], run.settings["hold_out"]
-        groups.setdefault((run.describe(skip=["latent_dim"]), latent_dim), []).append(known)
-        held = f", {held} held out" if held else ""
-        for name, codes in {"pca": ("PCA", latent_dim), "pixels": ("Pixels", 784)}.items():
-            if name in found:
-                baselines[codes[0] + held, codes[1]] = [{"accuracy": found[name]}]
-        if "training_images" in found:
-            samples = {f"{name}_samples": x for name, x in found["training_images"].items()}
-            baselines["Training images" + held, 784] = [samples]
-    if not groups:
-        raise data.UserError(f"{folder} holds no classified runs <setting>/seed<n>")
-    forests = data.read(folder / "pixels.json", json.loads)
-    if forests:
-        forests = [{"accuracy": accuracy} for accuracy in forests.values()]
+    """Return the tables of all runs in `folder`/<name>/seed<n>, in Markdown.
+
+    The runs of a row differ only in their seeds. The baselines that classify.py --baselines has
+    measured have rows of their own. Raises UserError if there is no run, or if two runs of a row
+    have the same seed.
+    """
+    rows = {}  # {(network and options, latent dimensions): results}
+    baselines = {}
+    for path in sorted(folder.iterdir()):
+        for result in load_results(path):
+            label = result.run.describe(leave_out=["latent_dim"])
+            row = rows.setdefault((label, result.run.config["latent_dim"]), [])
+            check_seed_is_new(result, row)
+            row.append(result)
+            baselines.update(baseline_rows(result))
+    if not rows:
+        raise UserError(f"{folder} has no classified runs in <name>/seed<n>.")
+    content = data.read_bytes(folder / "pixels.json")
+    if content:
+        forests = [Result(None, {"accuracy": value}) for value in json.loads(content).values()]
         baselines["Pixels, random states 0 to 9", 784] = forests
-    rows = [*sorted(groups.items()), *sorted(baselines.items())]
-    return "\n".join(filter(None, (table(rows, part) for part in (LOSSES, CODES, SAMPLES))))
+    all_rows = sorted(rows.items()) + sorted(baselines.items())
+    return "\n".join(table(all_rows, columns) for columns in (LOSSES, RECONSTRUCTIONS, SAMPLES))
+
+
+def check_seed_is_new(result, row):
+    """Raise UserError if the row has a run with the seed of this result, such as a copy of it."""
+    for other in row:
+        if seed_of(other) == seed_of(result):
+            raise UserError(
+                f"{other.run.path} and {result.run.path} have the same options and the same seed, "
+                f"{seed_of(result)}. Remove one of them from the table."
+            )
+
+
+def baseline_rows(result):
+    """Return the rows of the baselines that were measured together with this result."""
+    baselines = result.numbers.get("baselines") or {}
+    latent_dim = result.run.config["latent_dim"]
+    hold_out = result.run.config["hold_out"]
+    suffix = f", {hold_out} held out" if hold_out else ""
+    rows = {}
+    if "pca" in baselines:
+        rows["PCA" + suffix, latent_dim] = [Result(result.run, {"accuracy": baselines["pca"]})]
+    if "pixels" in baselines:
+        rows["Pixels" + suffix, 784] = [Result(result.run, {"accuracy": baselines["pixels"]})]
+    if "training_images" in baselines:
+        numbers = {}
+        for metric, value in baselines["training_images"].items():
+            numbers[f"{metric}_samples"] = value
+        rows["Training images" + suffix, 784] = [Result(result.run, numbers)]
+    return rows
 
 
 def table(rows, columns):
-    """Return a table of those `rows` (((codes, dimensions), runs), …) of which something is known.
-    Cells are mean ± standard deviation over the n seeds, or over fewer where they say so."""
-    lines = [["Codes", "Dimensions", "n", *columns], ["---"] * (3 + len(columns))]
-    for (codes, dimensions), runs in rows:
+    """Return a table in Markdown. Rows without any value are left out.
+
+    `rows` are ((network and options, dimensions), results). A cell is the mean ± the standard
+    deviation over the n results. If fewer than n have the value, the cell says how many.
+    """
+    lines = [["Network", "Dimensions", "n"] + [column.title for column in columns]]
+    lines.append(["---"] * len(lines[0]))
+    for (label, dimensions), results in rows:
         cells = []
-        for name, factor, digits in columns.values():
-            values = [run[name] * factor for run in runs if name in run]
-            fewer = f" (n = {len(values)})" if 0 < len(values) < len(runs) else ""
-            cells.append(spread(values, digits) + fewer)
+        for column in columns:
+            values = [value * column.factor for value in values_of(results, column.key)]
+            cell = mean_and_sd(values, column.digits)
+            if 0 < len(values) < len(results):
+                cell += f" (n = {len(values)})"
+            cells.append(cell)
         if any(cells):
-            lines.append([codes, str(dimensions), str(len(runs)), *cells])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines) if len(lines) > 2 else ""
+            lines.append([label, str(dimensions), str(len(results))] + cells)
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def spread(values, digits):
-    """Return "mean ± standard deviation" of the values, or a single value as it is."""
-    deviation = f"\u00a0±\u00a0{stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{mean(values):.{digits}f}{deviation}" if values else ""
+def mean_and_sd(values, digits):
+    """Return "mean ± standard deviation", a single value as it is, or "" for no values."""
+    if not values:
+        return ""
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    # With non-breaking spaces, so that a cell stays on one line.
+    return f"{mean(values):.{digits}f}\u00a0±\u00a0{stdev(values):.{digits}f}"
 
 
-def read_known(paths):
-    """Return what is known by name of each run at `paths` that has a classification."""
-    known = []
-    for run in map(data.read_run, sorted(paths)):
-        last, result = run.log[-1], data.read_classification(run)
-        gap, first_loss = last["test_loss"] - last["train_loss"], run.log[0]["train_loss"]
-        if result:
-            known.append({**last, **result, "gap": gap, "first_loss": first_loss, "run": run})
-    return known
+def differences_table():
+    """Return a table in Markdown of how the variants differ from the baseline.
+
+    A difference counts only if the ranges of the seeds do not overlap.
+    """
+    baseline = load_results(RESULTS / BASELINE)
+    lines = [["Variant", "n"] + [column.title for column in COMPARED]]
+    lines.append(["---"] * len(lines[0]))
+    for name, title in VARIANTS.items():
+        results = load_results(RESULTS / name)
+        cells = []
+        for column in COMPARED:
+            values = values_of(results, column.key)
+            cells.append(difference(values, values_of(baseline, column.key)))
+        lines.append([title, str(len(results))] + cells)
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def seeds(name):
-    """Return what is known of each seed of a setting."""
-    return read_known((HERE / name).iterdir())
+def difference(values, baseline):
+    """Return "lower" or "higher" if all values lie below or above the baseline's, "–" otherwise.
+
+    Return "" if there are no values.
+    """
+    if not values:
+        return ""
+    if max(values) < min(baseline):
+        return "lower"
+    if min(values) > max(baseline):
+        return "higher"
+    return "–"
 
 
-def spreads():
-    """Return what the pages say of the losses' course, over the baseline's seeds."""
-    lines, logs = [], [known["run"].log for known in seeds("latent32")]
-    for epochs, loss in ((10, "train_loss"), (10, "test_loss"), (50, "test_loss")):
-        falls = spread([log[-1 - epochs][loss] - log[-1][loss] for log in logs], 2)
-        lines.append(f"{loss} falls in the last {epochs} epochs by {falls}")
+def page_numbers():
+    """Return the other numbers on the pages, one in a line, computed from the runs."""
+    lines = []
+    baseline = load_results(RESULTS / BASELINE)
+    for epochs, loss in [(10, "train_loss"), (10, "test_loss"), (50, "test_loss")]:
+        falls = []
+        for result in baseline:
+            log = result.run.log
+            falls.append(log[-1 - epochs][loss] - log[-1][loss])
+        lines.append(
+            f"{BASELINE}: {loss} falls in the last {epochs} epochs by {mean_and_sd(falls, 2)}"
+        )
+    for name in (BASELINE, "latent16"):
+        results = load_results(RESULTS / name)
+        for label in ("Shirt", "Sandal"):
+            shares = [100 * result.numbers["recall"][label] for result in results]
+            lines.append(f"{name}: {mean_and_sd(shares, 1)} % of class {label} are correct")
+    first_losses = values_of(baseline, "first_train_loss")
+    first_losses += values_of(load_results(RESULTS / "latent16"), "first_train_loss")
+    lines.append(
+        f"{len(first_losses)} runs with 16 or 32 latent dimensions: the train loss of epoch 1 is "
+        f"{min(first_losses):.1f} to {max(first_losses):.1f}"
+    )
+    for column in COMPARED:
+        values = [value * column.factor for value in values_of(baseline, column.key)]
+        low = f"{min(values):.{column.digits}f}"
+        high = f"{max(values):.{column.digits}f}"
+        lines.append(f"{BASELINE}: {column.title} is {low} to {high} (n = {len(values)})")
     return "\n".join(lines)
 
 
 def measure_pixels(root):
-    """Write the test accuracies of the report's forest on 784 pixels, by its random state."""
-    (train_x, train_y), (test_x, test_y) = data.load_splits(root)
+    """Fit the report's Random Forest on the 784 pixels with random states 0 to 9.
+
+    The accuracies on the test set are written to pixels.json.
+    """
+    (train_images, train_labels), (test_images, test_labels) = data.load_splits(root)
+    train_pixels = train_images.flatten(1).double()
+    test_pixels = test_images.flatten(1).double()
     accuracies = {}
-    for state in range(10):
-        forest = fit_forest(train_x.flatten(1).double(), train_y, random_state=state)
-        accuracies[state] = forest.score(test_x.flatten(1).double(), test_y)
-    data.write(HERE / "pixels.json", accuracies)
+    for random_state in range(10):
+        forest = fit_forest(train_pixels, train_labels, random_state)
+        accuracies[random_state] = forest.score(test_pixels, test_labels)
+    data.write_bytes(RESULTS / "pixels.json", data.json_bytes(accuracies))
 
 
-# --- Figures, in a font that can be read at half the width of a page ------------------------
+# --- Figures ------------------------------------------------------------------------------
 
-PROPOSALS = {"baseline": "latent32", "deep": "deep", "deep, cosine": "deep-cosine"}
-PROPOSALS |= {"200 epochs": "epochs200", "feature matching": "feature", "cosine": "cosine"}
-PROPOSALS |= {"64 numbers": "latent64", "128 numbers": "latent128"}
-FORESTS = {"fully connected, 32": "fc-latent32", "ConvVAE, 16": "latent16"}
-FORESTS |= {"ConvVAE, 32": "latent32", "β = 0.1, 32": "beta0.1"}
-FORESTS |= {"searched, 32": "best32", "searched, 64": "best64"}
+# A font that can still be read when a figure is shown at half the width of a page.
+STYLE = ["default", {"font.size": 14, "axes.titlesize": 15}]
 
 
 @torch.no_grad()
-@matplotlib.style.context(["default", {"font.size": 14, "axes.titlesize": 15}])
+@matplotlib.style.context(STYLE)
 def draw_figures(root):
-    """Write the figures that compare runs beside them."""
-    (train_images, _), (images, labels) = data.load_splits(root)
-    firsts = images[[(labels == k).nonzero()[0].item() for k in range(10)]]
-    names = ("fc-latent32", "latent32", "beta0.1")
-    models = {name: load_model(data.read_run(HERE / name / "seed0")) for name in names}
-    figures = {"hero": draw_hero(models, firsts), "samples": draw_samples(models, train_images)}
-    for draw in (draw_matrices, draw_losses, draw_beta, draw_proposals, draw_accuracy):
-        figures[draw.__name__.removeprefix("draw_")] = draw()
+    """Draw the figures that compare runs, and write them to the folder of this script."""
+    (train_images, _), (test_images, test_labels) = data.load_splits(root)
+    firsts = plots.first_images(test_images, test_labels)
+    figures = {
+        "hero.png": draw_hero(firsts),
+        "samples.png": draw_samples(train_images),
+        "matrices.png": draw_matrices(),
+        "losses.png": draw_losses(),
+        "beta.png": draw_beta(),
+        "proposals.png": draw_proposals(),
+        "accuracy.png": draw_accuracy(),
+    }
     for name, figure in figures.items():
-        data.write(HERE / f"{name}.png", figure)
+        data.write_bytes(RESULTS / name, plots.png_bytes(figure))
 
 
-def draw_hero(models, firsts):
-    """Return the first test image of each class, and three networks' reconstructions."""
-    rows, names = [firsts], ["original"]
+def first_seed(name):
+    """Return the metrics of seed 0 of a variant, as a dict."""
+    return load_results(RESULTS / name)[0].numbers
+
+
+def draw_hero(firsts):
+    """Draw the first test image of each class, and three networks' reconstructions of them."""
+    rows = [firsts]
+    row_names = ["original"]
     titles = {"fc-latent32": "fully connected", "latent32": "ConvVAE", "beta0.1": "β = 0.1"}
     for name, title in titles.items():
+        model = load_run(RESULTS / name / "seed0").model
         torch.manual_seed(0)
-        rows.append(models[name](firsts)[0])
-        names.append(f"{title} ({1000 * seeds(name)[0]['mse']:.1f})")
+        reconstructions, _, _ = model(firsts)
+        rows.append(reconstructions)
+        row_names.append(f"{title} ({1000 * first_seed(name)['mse']:.1f})")
     classes = [name.replace("/", "/\n").replace(" ", "\n") for name in data.CLASSES]
-    return enlarge(plots.draw_grid(rows, names, classes))
+    return enlarge_labels(plots.draw_grid(rows, row_names, classes))
 
 
-def draw_samples(models, train_images):
-    """Return ten samples from N(0, I) and from a mixture, for two weights of the KLD."""
-    rows, names = [], []
-    for name, beta in (("latent32", "β = 1"), ("beta0.1", "β = 0.1")):
+def draw_samples(train_images):
+    """Draw ten samples from N(0, I) and ten from a mixture of Gaussians, for β = 1 and β = 0.1."""
+    rows = []
+    row_names = []
+    for name, beta in [("latent32", "β = 1"), ("beta0.1", "β = 0.1")]:
+        model = load_run(RESULTS / name / "seed0").model
+        numbers = first_seed(name)
         torch.manual_seed(0)
-        codes = torch.randn(10, 32), sample_mixture(models[name], train_images, 10)
-        rows += [models[name].decode(z) for z in codes]
-        for source, measure in (("N(0,\u00a0I)", "samples"), ("mixture", "mixture_samples")):
-            names.append(f"{beta}, {source}, Fréchet {seeds(name)[0][f'frechet_{measure}']:.2f}")
-    return enlarge(plots.draw_grid(rows, names))
+        rows.append(model.decode(torch.randn(10, 32)))
+        row_names.append(f"{beta}, N(0,\u00a0I), Fréchet {numbers['frechet_samples']:.2f}")
+        rows.append(model.decode(sample_mixture(model, train_images, 10)))
+        row_names.append(f"{beta}, mixture, Fréchet {numbers['frechet_mixture_samples']:.2f}")
+    return enlarge_labels(plots.draw_grid(rows, row_names))
 
 
-def enlarge(grid):
-    """Return a grid of images with its labels upright and larger."""
+def enlarge_labels(grid):
+    """Return a grid of images with larger labels, which are not rotated."""
     for axis in grid.axes:
         axis.yaxis.label.set(rotation=0, ha="right", va="center", fontsize=16)
         axis.title.set_fontsize(15)
@@ -195,33 +405,47 @@ def enlarge(grid):
 
 
 def draw_matrices():
-    """Return the report's confusion matrix and a real one, each row in per cent of its sum."""
-    matrices = {"The report's": json.loads((HERE / "report_matrix.json").read_bytes())}
-    matrices["Here, from 16 numbers"] = seeds("latent16")[0]["confusion_matrix"]
+    """Draw the report's confusion matrix and one of ours, in percent of each true class."""
+    report_matrix = json.loads((RESULTS / "report_matrix.json").read_bytes())
+    matrices = {
+        "The report": torch.tensor(report_matrix),
+        "Ours, 16 latent dimensions": torch.tensor(first_seed("latent16")["confusion_matrix"]),
+    }
     figure = Figure(figsize=(8.8, 5), layout="constrained")
-    for axis, (title, matrix) in zip(figure.subplots(1, 2, sharey=True), matrices.items()):
-        matrix = torch.tensor(matrix)
-        shares = (100 * matrix / matrix.sum(1, keepdim=True)).numpy()
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, (title, matrix) in zip(axes, matrices.items()):
+        shares = (100 * matrix / matrix.sum(dim=1, keepdim=True)).numpy()
         display = ConfusionMatrixDisplay(shares, display_labels=data.CLASSES)
-        root = {"norm": matplotlib.colors.PowerNorm(0.5)}  # to tell small ones
-        style = {"cmap": "Blues", "colorbar": False, "im_kw": root, "xticks_rotation": 90}
-        display.plot(ax=axis, values_format=".0f", **style)
+        display.plot(
+            ax=axis,
+            cmap="Blues",
+            colorbar=False,
+            xticks_rotation=90,
+            values_format=".0f",
+            im_kw={"norm": PowerNorm(0.5)},  # so that small shares can be told apart
+        )
         for text, share in zip(display.text_.flat, shares.flat):
             text.set_visible(share >= 1.5)
-        right = f"{100 * matrix.trace() / matrix.sum():.1f} % of {matrix.sum():,} right"
-        axis.set(title=f"{title}:\n{right}", xlabel="predicted", ylabel="")
-    figure.axes[0].set_ylabel("true")
+        accuracy = 100 * matrix.trace() / matrix.sum()
+        axis.set(
+            title=f"{title}:\n{accuracy:.1f} % of {matrix.sum():,} correct",
+            xlabel="predicted class",
+            ylabel="",
+        )
+    axes[0].set_ylabel("true class")
     return figure
 
 
 def draw_losses():
-    """Return the losses of the baseline's seeds from the second epoch on."""
+    """Draw the losses of all seeds of the baseline from the second epoch on."""
     figure = Figure(figsize=(8.8, 4), layout="constrained")
     axis = figure.subplots()
-    for known in seeds("latent32"):
-        for split, color in (("train", "C0"), ("test", "C1")):
-            points = zip(*((row["epoch"], row[f"{split}_loss"]) for row in known["run"].log[1:]))
-            axis.plot(*points, color=color, linewidth=0.8)
+    for result in load_results(RESULTS / BASELINE):
+        log = result.run.log[1:]
+        epochs = [row["epoch"] for row in log]
+        for split, color in [("train", "C0"), ("test", "C1")]:
+            losses = [row[f"{split}_loss"] for row in log]
+            axis.plot(epochs, losses, color=color, linewidth=0.8)
     axis.axhline(236, color="0.4", linestyle="--")
     axis.text(32, 240, "test", color="C1", fontsize=16)
     axis.text(32, 233, "train", color="C0", fontsize=16)
@@ -231,67 +455,122 @@ def draw_losses():
 
 
 def draw_beta():
-    """Return what the weight of the KLD does to the loss's two terms and to the codes."""
-    names = {0.1: "beta0.1", 0.5: "beta0.5", 1: "latent32", 2: "beta2", 4: "beta4"}
-    runs = [seeds(name) for name in names.values()]
-    measures = ("excess_bce", "kld", "accuracy", "active_dimensions")
-    bce, kld, accuracy, active = ([mean(r[name] for r in row) for row in runs] for name in measures)
+    """Draw how the weight of the KL divergence changes both terms of the loss, and the metrics.
+
+    Each dot is a seed. Lines join the means.
+    """
+    folders = {0.1: "beta0.1", 0.5: "beta0.5", 1: "latent32", 2: "beta2", 4: "beta4"}
+    results = {beta: load_results(RESULTS / name) for beta, name in folders.items()}
     figure = Figure(figsize=(8.8, 4.4), layout="constrained")
-    terms, upper, lower = figure.subplot_mosaic("ab;ac").values()
-    terms.plot(bce, kld, "o-")
-    for beta, *point in zip(names, bce, kld):
-        terms.annotate(f"β = {beta}", point, (8, 5), textcoords="offset points")
-    terms.set(xlabel="BCE above its floor, nats", ylabel="KLD, nats", xlim=(0, 62), ylim=(0, 65))
-    for axis, values in ((upper, [100 * share for share in accuracy]), (lower, active)):
-        axis.semilogx([*names], values, "o-")
+    axes = figure.subplot_mosaic([["terms", "accuracy"], ["terms", "active"]], width_ratios=[1, 1])
+    terms = axes["terms"]
+    bce_means = []
+    kld_means = []
+    for beta, row in results.items():
+        bce = values_of(row, "excess_bce")
+        kld = values_of(row, "kld")
+        terms.plot(bce, kld, "o", color="C0", alpha=0.5)
+        bce_means.append(mean(bce))
+        kld_means.append(mean(kld))
+        terms.annotate(f"β = {beta}", (mean(bce), mean(kld)), (8, 5), textcoords="offset points")
+    terms.plot(bce_means, kld_means, color="C0")
+    terms.set(xlabel="BCE above its minimum, nats", ylabel="KLD, nats", xlim=(0, 62), ylim=(0, 65))
+
+    for axis, key, factor in [
+        (axes["accuracy"], "accuracy", 100),
+        (axes["active"], "active_dimensions", 1),
+    ]:
+        means = []
+        for beta, row in results.items():
+            values = [factor * value for value in values_of(row, key)]
+            axis.semilogx([beta] * len(values), values, "o", color="C0", alpha=0.5)
+            means.append(mean(values))
+        axis.semilogx(list(results), means, color="C0")
         axis.minorticks_off()
-        axis.set_xticks([*names], [*names])
+        axis.set_xticks(list(results), list(results))
         axis.grid(alpha=0.3)
-    upper.set(title="accuracy, %", ylim=(84, 88.5))
-    lower.set(title="active dimensions, of 32", yticks=(0, 16, 32), xlabel="β")
+    axes["accuracy"].set(title="accuracy, %", ylim=(84, 88.5))
+    axes["active"].set(title="active dimensions (of 32)", yticks=(0, 16, 32), xlabel="β")
     return figure
 
 
 def draw_proposals():
-    """Return four measures of each proposal, a dot a seed, over the range of the baseline."""
-    rows = {title: seeds(name) for title, name in PROPOSALS.items()}
-    rows["baseline"] += seeds("plateau")  # which never lowered the rate: the baseline on a CPU
-    titles = ("Test loss ↓", "MSE × 1000 ↓", "Sharpness ↑", "Accuracy, % ↑")
-    figure = Figure(figsize=(8.8, 4), layout="constrained")
-    for axis, title in zip(figure.subplots(1, len(titles), sharey=True), titles):
-        name, factor, _ = {**LOSSES, **CODES}[title[:-2]]
-        values = {row: [factor * run[name] for run in runs] for row, runs in rows.items()}
+    """Draw four metrics of each proposal of the report, a dot for each seed.
+
+    The gray band is the range of the baseline.
+    """
+    folders = {
+        "baseline": BASELINE,
+        "deep": "deep",
+        "deep, cosine": "deep-cosine",
+        "200 epochs": "epochs200",
+        "feature matching": "feature",
+        "cosine": "cosine",
+        "64 dimensions": "latent64",
+        "128 dimensions": "latent128",
+    }
+    rows = {title: load_results(RESULTS / name) for title, name in folders.items()}
+    figure = Figure(figsize=(9.6, 4), layout="constrained")
+    axes = figure.subplots(1, 4, sharey=True)
+    columns = [
+        ("Test loss ↓", "test_loss", 1),
+        ("MSE × 1000 ↓", "mse", 1000),
+        ("Sharpness ↑", "sharpness_reconstructions", 1),
+        ("Accuracy, % ↑", "accuracy", 100),
+    ]
+    for axis, (title, key, factor) in zip(axes, columns):
+        values = {}
+        for row, results in rows.items():
+            values[row] = [factor * value for value in values_of(results, key)]
         axis.axvspan(min(values["baseline"]), max(values["baseline"]), color="0.87")
         draw_dots(axis, values)
         axis.set_title(title, fontsize=14)
-        axis.locator_params(axis="x", nbins=3)
+        axis.locator_params(axis="x", nbins=2)
         axis.margins(x=0.15)
         axis.tick_params(axis="y", length=0)
     return figure
 
 
 def draw_accuracy():
-    """Return the forest's test accuracy on each kind of code, a dot a seed or random state."""
-    rows = {f"PCA, {n}": [seeds(f"latent{n}")[0]["baselines"]["pca"]] for n in (16, 32)}
-    rows |= {title: [run["accuracy"] for run in seeds(name)] for title, name in FORESTS.items()}
-    rows["784 pixels"] = json.loads((HERE / "pixels.json").read_bytes()).values()
+    """Draw the test accuracy of the Random Forest on several features.
+
+    Each dot is a training or, for pixels, a random state of the Random Forest.
+    """
+    rows = {}
+    for latent_dim in (16, 32):
+        accuracy = first_seed(f"latent{latent_dim}")["baselines"]["pca"]
+        rows[f"PCA, {latent_dim}"] = [accuracy]
+    folders = {
+        "fully connected, 32": "fc-latent32",
+        "ConvVAE, 16": "latent16",
+        "ConvVAE, 32": "latent32",
+        "β = 0.1, 32": "beta0.1",
+        "from a search, 32": "best32",
+        "from a search, 64": "best64",
+    }
+    for title, name in folders.items():
+        rows[title] = values_of(load_results(RESULTS / name), "accuracy")
+    rows["784 pixels"] = json.loads((RESULTS / "pixels.json").read_bytes()).values()
     figure = Figure(figsize=(8.8, 4.2), layout="constrained")
     axis = figure.subplots()
-    draw_dots(axis, {row: [100 * accuracy for accuracy in runs] for row, runs in rows.items()})
+    percentages = {}
+    for title, accuracies in rows.items():
+        percentages[title] = [100 * accuracy for accuracy in accuracies]
+    draw_dots(axis, percentages)
     axis.axvline(84.01, color="0.4", linestyle="--")
-    axis.text(84.06, len(rows) - 1, "the report, 16 numbers", color="0.4", va="center")
+    axis.text(84.06, len(rows) - 1, "the report, 16 dimensions", color="0.4", va="center")
     axis.set_xlabel("accuracy, %")
     return figure
 
 
 def draw_dots(axis, rows):
-    """Draw a row of dots for each name in `rows`."""
-    for y, row in enumerate(rows.values()):
-        axis.plot(row, [y] * len(row), "o", color="C0", alpha=0.6)
-    axis.set_yticks(range(len(rows)), rows)
+    """Draw {title: values} as rows of dots, the first row at the top."""
+    for y, values in enumerate(rows.values()):
+        axis.plot(values, [y] * len(values), "o", color="C0", alpha=0.6)
+    axis.set_yticks(range(len(rows)), list(rows))
     axis.set_ylim(len(rows) - 0.5, -0.5)
     axis.grid(axis="x", alpha=0.3)
 
 
 if __name__ == "__main__":
-    data.run_script(main, "nothing is written; the same command starts over")
+    data.run_script(main, when_interrupted="Run the same command again.")
