@@ -290,7 +290,7 @@ class Run:
             "lr": "learning rate {:g}",
             "beta": "β = {:g}",
             "lr_scheduler": "{} schedule",
-            "hold_out": "{} held out",
+            "hold_out": "validation split of {}",
             "feature_weight": "feature weight {:g}",
             "epochs": "{} epochs",
         }
@@ -350,8 +350,8 @@ def load_run_data(run, root):
     dataset = data.read_dataset(root)
     if dataset.sha256 != run.config["data_sha256"]:
         raise UserError(
-            f"{run.path} was trained on other data than those in {dataset.folder}. "
-            "Name the folder of its data with --data."
+            f"{run.path} was trained on different data from those in {dataset.folder}. "
+            "Give the folder of its data with --data."
         )
     return data.make_splits(dataset, run.config["hold_out"])
 
@@ -412,6 +412,8 @@ def read_checkpoint(path):
         return None
     with data.report_damage(path / STATE, RESTORE):
         state = load_tensors(content)
+        if not isinstance(state, dict):
+            raise TypeError("it is not a checkpoint")
         return Run(
             path=path,
             config=complete_config(state["config"]),
@@ -449,6 +451,10 @@ def load_tensors(content):
         damaged = zipfile.ZipFile(file).testzip()
         if damaged:
             raise ValueError(f"the checksum of {damaged} is wrong")
+    elif not content.startswith(
+        b"\x80"
+    ):  # as pickles begin, which old versions of torch.save wrote
+        raise ValueError("it was not written by torch.save")
     file.seek(0)
     return torch.load(file, map_location="cpu", weights_only=True)
 
@@ -456,7 +462,7 @@ def load_tensors(content):
 def check_state_dict(weights):
     """Return `weights` if they are a state_dict, a dict of tensors. Raises TypeError otherwise."""
     if not isinstance(weights, dict):
-        raise TypeError(f"it holds a {type(weights).__name__}, not a dict of tensors")
+        raise TypeError(f"its content is of type {type(weights).__name__}, not a dict of tensors")
     for name, tensor in weights.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise TypeError(f"the entry {name!r} is not a named tensor")

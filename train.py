@@ -627,7 +627,7 @@ class CapturedStep:
             except RuntimeError as error:
                 print(
                     f"Warning: the training step cannot be captured as a CUDA graph "
-                    f"({data.reason(error)}). Training goes on without, at a lower speed.",
+                    f"({data.reason(error)}). Training continues without a graph, at a lower speed.",
                     file=sys.stderr,
                 )
                 self.can_capture = False

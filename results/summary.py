@@ -213,7 +213,7 @@ def baseline_rows(result):
     baselines = result.numbers.get("baselines") or {}
     latent_dim = result.run.config["latent_dim"]
     hold_out = result.run.config["hold_out"]
-    suffix = f", {hold_out} held out" if hold_out else ""
+    suffix = f", validation split of {hold_out}" if hold_out else ""
     rows = {}
     if "pca" in baselines:
         rows["PCA" + suffix, latent_dim] = [Result(result.run, {"accuracy": baselines["pca"]})]
