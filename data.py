@@ -253,8 +253,11 @@ def report_damage(path, advice):
 
 def is_out_of_memory(error):
     """Return whether memory ran out, on the CPU or on a GPU."""
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text
+    if isinstance(error, MemoryError):
+        return True
+    # PyTorch raises RuntimeError with one of these texts. The last one is that of oneDNN.
+    texts = ["allocate memory", "out of memory", "could not create a primitive"]
+    return any(text in str(error).lower() for text in texts)
 
 
 def json_bytes(value):

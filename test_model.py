@@ -1506,6 +1506,7 @@ OUT_OF_MEMORY = {
     "CPU": RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
     "Python": MemoryError(),
     "CUDA": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+    "oneDNN": RuntimeError("could not create a primitive"),
 }
 
 
@@ -1539,6 +1540,16 @@ def test_loss_that_is_not_finite_stops_training(run):
     assert "not finite in epoch 3" in message
     assert "smaller --lr, in another folder with --run" in message
     assert [row["epoch"] for row in log_of(run)] == [1, 2]
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_losses_of_both_splits_must_be_finite(split, loss):
+    row = {"epoch": 7, "train_loss": 250.0, "test_loss": 251.0}
+    train.stop_unless_finite(row)
+    row[f"{split}_loss"] = loss
+    with pytest.raises(data.UserError, match="The loss is not finite in epoch 7"):
+        train.stop_unless_finite(row)
 
 
 def test_folder_can_be_used_again_if_the_first_loss_is_not_finite(tmp_path):
@@ -2327,9 +2338,9 @@ BROKEN_DEVICES = {
     run_out_of_memory: "CUDA out of memory",
     lack_a_kernel: "no kernel image",
     lack_cuda: "not compiled with CUDA",
-    compute_another_gradient: "gradients on cuda differ from those on the CPU",
-    compute_another_loss: "gradients on cuda differ from those on the CPU",
-    compute_nan: "gradients on cuda differ from those on the CPU",
+    compute_another_gradient: "loss or gradients on cuda differ from those on the CPU",
+    compute_another_loss: "loss or gradients on cuda differ from those on the CPU",
+    compute_nan: "loss or gradients on cuda differ from those on the CPU",
 }
 
 
@@ -2565,6 +2576,7 @@ def test_captured_step_trains_as_an_uncaptured_one():
     The step is captured in the first epoch. The learning rate changes before the second, and is 0
     in the last.
     """
+    train.use_fast_kernels()
     images = TRAIN_IMAGES.double().cuda()
     results = []
     for captured in (False, True):
@@ -3031,20 +3043,17 @@ def test_blank_test_images_cannot_be_evaluated(levels, run, tmp_path):
 
 
 @pytest.mark.parametrize("levels", [1, 200], ids=["all equal", "each with its own gray"])
-def test_figures_of_blank_images_are_drawn(
-    levels, run, tmp_path, figures_without_grids, monkeypatch
-):
+def test_figures_of_blank_images_are_drawn(levels, run, tmp_path, quick_figures, monkeypatch):
     monkeypatch.setattr(plots, "active_dimensions", networks.active_dimensions)
     train_split = (gray_images(600, levels), TRAIN_LABELS)
     test_split = (gray_images(225, levels), TEST_LABELS)
     root = use_dataset(run, tmp_path / "data", train_split, test_split)
     succeed("plots.py", run, data=root)
-    assert "reconstructions.png" in figures_without_grids
+    assert "reconstructions.png" in quick_figures
+    assert "latent_space.png" not in quick_figures
 
 
-def test_equal_textured_images_are_evaluated_and_drawn(
-    run, tmp_path, figures_without_grids, monkeypatch
-):
+def test_equal_textured_images_are_evaluated_and_drawn(run, tmp_path, quick_figures, monkeypatch):
     monkeypatch.setattr(plots, "active_dimensions", networks.active_dimensions)
     image = TRAIN_SPLIT[0][:1]
     train_split = (image.expand(600, 28, 28), TRAIN_LABELS)
@@ -3058,8 +3067,9 @@ def test_equal_textured_images_are_evaluated_and_drawn(
     assert result["active_dimensions"] == 0
     assert math.isfinite(result["frechet_samples"])
     succeed("plots.py", run, data=root)
-    assert "reconstructions.png" in figures_without_grids
-    assert "confusion_matrix.png" in figures_without_grids
+    assert "reconstructions.png" in quick_figures
+    assert "latent_space.png" not in quick_figures
+    assert "confusion_matrix.png" in quick_figures
 
 
 def test_classification_is_the_same_if_scikit_learn_is_to_return_data_frames(run, pandas_output):
@@ -3253,7 +3263,7 @@ def test_interpolations_of_a_single_class_are_not_drawn(run, tmp_path, quick_fig
     assert len(quick_figures) == 5
 
 
-def test_collapsed_latent_dimensions_are_reported(run, figures_without_grids, capsys, monkeypatch):
+def test_collapsed_latent_dimensions_are_reported(run, quick_figures, capsys, monkeypatch):
     monkeypatch.setattr(plots, "active_dimensions", networks.active_dimensions)
 
     def collapse(weights):
@@ -3266,8 +3276,8 @@ def test_collapsed_latent_dimensions_are_reported(run, figures_without_grids, ca
     succeed("plots.py", run)
     warning = "Warning: all latent dimensions have collapsed, so latent_space.png is not drawn.\n"
     assert capsys.readouterr().err == warning
-    assert "latent_space.png" not in figures_without_grids
-    assert len(figures_without_grids) == 5
+    assert "latent_space.png" not in quick_figures
+    assert len(quick_figures) == 5
 
 
 def test_figures_are_the_same_if_scikit_learn_is_to_return_data_frames(

@@ -526,15 +526,15 @@ def check_device(device, model, images):
     """
     expected = loss_and_gradients(model, images, "cpu")
     if not agree(loss_and_gradients(model, images, "cpu"), expected, tolerance=0.001):
+        loss_and_gradients(model, images, device)  # a device may still fail to compute anything
         print(
             f"Warning: the network has random layers, so we cannot check whether {device} computes "
             "the same as the CPU. It is used unchecked.",
             file=sys.stderr,
         )
-        loss_and_gradients(model, images, device)  # this may still fail
         return
     if not agree(loss_and_gradients(model, images, device), expected, tolerance=0.1):
-        raise ArithmeticError(f"gradients on {device} differ from those on the CPU")
+        raise ArithmeticError(f"loss or gradients on {device} differ from those on the CPU")
 
 
 def agree(values, expected, tolerance):
@@ -560,7 +560,8 @@ def loss_and_gradients(model, images, device):
     for module in model.modules():
         gradients = []
         for parameter in module.parameters(recurse=False):
-            gradients.append(parameter.grad.flatten())
+            if parameter.grad is not None:  # the parameter is used, and not frozen
+                gradients.append(parameter.grad.flatten())
         if gradients:
             results.append(torch.cat(gradients).cpu())
     return results
@@ -626,8 +627,8 @@ class CapturedStep:
                 self.capture(images)
             except RuntimeError as error:
                 print(
-                    f"Warning: the training step cannot be captured as a CUDA graph "
-                    f"({data.reason(error)}). Training continues without a graph, at a lower speed.",
+                    "Warning: the training step cannot be captured as a CUDA graph "
+                    f"({data.reason(error)}). Training continues without it, at a lower speed.",
                     file=sys.stderr,
                 )
                 self.can_capture = False
