@@ -727,7 +727,7 @@ def test_run_remembers_its_data(tmp_path, other_data):
     # SMALL_DATA takes the place of Fashion-MNIST, as if --data had been forgotten.
     message = fail("classify.py", run)
     assert f"{run} was trained on different data from those in {SMALL_DATA}" in message
-    assert f"{run} was trained on other data." in fail("train.py", run, epochs=2)
+    assert f"{run} was trained on different data." in fail("train.py", run, epochs=2)
     networks.load_run_data(load_run(run), other_data)
 
 
@@ -736,7 +736,7 @@ def test_resuming_with_other_data_is_refused(epochs, run, other_data):
     """This holds for a finished run, too, although nothing would be trained."""
     before = contents(run)
     message = fail("train.py", run, epochs=epochs, data=other_data)
-    assert f"{run} was trained on other data. Choose another folder with --run." in message
+    assert f"{run} was trained on different data. Choose another folder with --run." in message
     assert contents(run) == before
 
 
@@ -756,8 +756,8 @@ def test_checkpoint_without_a_checksum_counts_as_trained_on_fashion_mnist(run, o
 
     edit_tensors(run / STATE, remove_checksum)
     networks.load_run_data(load_run(run), SMALL_DATA)
-    assert "was trained on other data" in fail("classify.py", run, data=other_data)
-    assert "was trained on other data" in fail("train.py", run, data=other_data)
+    assert "was trained on different data" in fail("classify.py", run, data=other_data)
+    assert "was trained on different data" in fail("train.py", run, data=other_data)
     succeed("train.py", run, epochs=2)
 
 
@@ -767,7 +767,7 @@ def test_config_without_a_checksum_counts_as_trained_on_fashion_mnist(run, other
     del config["data_sha256"]
     (run / CONFIG).write_text(json.dumps(config), encoding="utf-8")
     networks.load_run_data(load_run(run), SMALL_DATA)
-    assert "was trained on other data" in fail("classify.py", run, data=other_data)
+    assert "was trained on different data" in fail("classify.py", run, data=other_data)
 
 
 # --- Damaged files and bad options ----------------------------------------------------------
@@ -1602,7 +1602,7 @@ def test_resuming_with_other_options_is_refused(option, run):
 def test_resuming_on_other_data_is_refused(run, tmp_path):
     other_data = write_dataset(tmp_path / "data", dataset_files(train_split=TEST_SPLIT))
     files = contents(run)
-    assert f"{run} was trained on other data." in fail("train.py", run, data=other_data)
+    assert f"{run} was trained on different data." in fail("train.py", run, data=other_data)
     assert contents(run) == files
 
 
@@ -3692,6 +3692,11 @@ def test_deviations_from_the_report_are_measured_as_described(finished, monkeypa
     def fit_stand_in(features, labels):
         return StandIn().fit(features, labels)
 
+    def no_features(model, images):
+        return torch.zeros(len(images), 1)
+
+    monkeypatch.setattr(deviations, "latent_means", no_features)
+    monkeypatch.setattr(deviations, "sampled_codes", no_features)
     monkeypatch.setattr(deviations, "fit_forest", fit_stand_in)
     monkeypatch.setattr(deviations, "RandomForestClassifier", StandIn)
     many_train_images = TRAIN_IMAGES.repeat(60, 1, 1, 1)

@@ -448,7 +448,7 @@ def check_same_config(run, config):
         if name == "epochs" and config["lr_scheduler"] != "cosine":
             continue
         if name == "data_sha256":
-            difference = "on other data"
+            difference = "on different data"
         elif name == "feature_sha256":
             difference = "with another network as --feature-run"
         else:

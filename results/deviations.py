@@ -55,7 +55,8 @@ def measure_short_trainings(root, train, test):
             model = load_run(folder).model
             forest = fit_forest(latent_means(model, train_images), train_labels)
             accuracy = forest.score(latent_means(model, test_images), test_labels)
-            accuracies[f"trained for {epochs} epochs"] = accuracy
+            unit = "epoch" if epochs == 1 else "epochs"
+            accuracies[f"trained for {epochs} {unit}"] = accuracy
     return accuracies
 
 
