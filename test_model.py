@@ -1614,7 +1614,7 @@ def test_run_without_a_checksum_was_trained_on_fashion_mnist(run, three_epochs, 
 
     edit_tensors(run / STATE, forget_checksum)
     other_data = write_dataset(tmp_path / "data", dataset_files(train_split=TEST_SPLIT))
-    assert "on other data" in fail("train.py", run, data=other_data)
+    assert "on different data" in fail("train.py", run, data=other_data)
     succeed("train.py", run, epochs=3)
     assert_same_training(run, three_epochs)
     assert load_run(run).config["data_sha256"] == data.SHA256
