@@ -245,6 +245,8 @@ def report_damage(path, advice):
     """Raise UserError, naming the file, if the block that parses its content fails."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:  # damaged bytes can cause almost any error
         if is_out_of_memory(error):
             raise UserError(f"Not enough memory to read {path}.") from error

@@ -206,8 +206,8 @@ def kl_divergence(mu, logvar):
 
 # --- A trained run: its options -----------------------------------------------------------
 
-# The options of train.py that decide what is trained. The defaults are those of the report, apart
-# from those of options that the report only proposes; these change nothing.
+# The options of train.py that decide what is trained, with their defaults. These are the values of
+# the report. What the report only proposes is off by default.
 OPTIONS = {
     "model": "conv",
     "latent_dim": 32,
@@ -325,8 +325,8 @@ def load_run(path):
 
 def check_weights(run, expected):
     """Raise UserError, naming the first tensor that does not fit the network, if there is one."""
-    names = [*run.weights, *expected]
-    for name in names:
+    for name in [*run.weights, *expected]:
+        problem = None
         if name not in expected:
             problem = f"{name} is not in this network"
         elif name not in run.weights:
@@ -334,12 +334,11 @@ def check_weights(run, expected):
         elif run.weights[name].shape != expected[name].shape:
             found = list(run.weights[name].shape)
             problem = f"{name} has shape {found}, not {list(expected[name].shape)}"
-        else:
-            continue
-        raise UserError(
-            f"The weights in {run.path} ({STATE} or {WEIGHTS}) do not fit its options "
-            f"({STATE} or {CONFIG}): {problem}. Restore the files of this run."
-        )
+        if problem:
+            raise UserError(
+                f"The weights in {run.path} ({STATE} or {WEIGHTS}) do not fit its options "
+                f"({STATE} or {CONFIG}): {problem}. Restore the files of this run."
+            )
 
 
 def load_run_data(run, root):
@@ -431,16 +430,14 @@ def read_weights(path):
     content = data.read_bytes(path)
     if content is None:
         return None
-    try:
-        with data.report_damage(path, RESTORE):
+    with data.report_damage(path, RESTORE):
+        try:
             return check_state_dict(load_tensors(content))
-    except UserError as error:
-        if isinstance(error.__cause__, (pickle.UnpicklingError, TypeError)):
+        except (pickle.UnpicklingError, TypeError) as error:
             raise UserError(
-                f"{path} is not a plain state_dict ({data.reason(error.__cause__)}). "
+                f"{path} is not a plain state_dict ({data.reason(error)}). "
                 "Save the weights with torch.save(model.state_dict(), path)."
             ) from error
-        raise
 
 
 def load_tensors(content):
