@@ -56,7 +56,9 @@ def main():
             f"dimensions, but the training images have only {most_components}."
         )
     if gradient_energy(test_images) == 0:
-        raise UserError("The test images are blank: none of them has any edges to be measured.")
+        raise UserError(
+            "The test images are blank. They have no edges, so sharpness cannot be measured."
+        )
 
     # The Random Forest on latent means.
     train_mu = latent_means(run.model, train_images)

@@ -170,7 +170,7 @@ def download(raw):
     target = Path(os.path.realpath(raw))  # if raw is a link, the folder to which it points
     if target.is_dir() and any(target.iterdir()):
         raise UserError(
-            f"{raw} has none of the four files of Fashion-MNIST, but other files. "
+            f"{raw} has other files, but none of the four files of Fashion-MNIST. "
             "Move them elsewhere, or choose another folder with --data."
         )
     print(f"Downloading Fashion-MNIST to {raw} …", file=sys.stderr, flush=True)
@@ -188,7 +188,7 @@ def download(raw):
         # Another script may have finished the same download first.
         if not all((raw / name).exists() for name in FILES):
             raise UserError(
-                f"{raw} has no Fashion-MNIST, and the download failed ({reason(error)}). "
+                f"{raw} does not contain Fashion-MNIST, and the download failed ({reason(error)}). "
                 "Put the four files there, or run: apt-get install dataset-fashion-mnist"
             ) from error
 

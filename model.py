@@ -244,7 +244,7 @@ def check_options(options):
         value = options[name]
         is_number = type(value) is int or type(value) is kind
         if not is_number or not low <= value <= high:  # NaN is in no range
-            raise ValueError(f"--{dashed(name)} must be from {low} to {high}, not {value!r}")
+            raise ValueError(f"--{dashed(name)} must be between {low} and {high}, not {value!r}")
     if bool(options["feature_weight"]) != bool(options["feature_run"]):
         raise ValueError("--feature-weight and --feature-run must be given together")
 
@@ -558,7 +558,7 @@ def current_classification(run):
     else:
         return result
     command = data.shell_command(["python", "classify.py", "--run", str(run.path)])
-    print(f"Warning: {path} {problem}. To measure the run: {command}", file=sys.stderr)
+    print(f"Warning: {path} {problem}. To evaluate the run: {command}", file=sys.stderr)
     return None
 
 

@@ -629,7 +629,7 @@ def test_failed_download_leaves_nothing(error, tmp_path, debian_package, monkeyp
     monkeypatch.setattr("torchvision.datasets.FashionMNIST", break_off)
     raw = tmp_path / "data" / "FashionMNIST" / "raw"
     message = fail("train.py", tmp_path / "run", data=tmp_path / "data")
-    assert f"{raw} has no Fashion-MNIST, and the download failed (" in message
+    assert f"{raw} does not contain Fashion-MNIST, and the download failed (" in message
     assert "apt-get install dataset-fashion-mnist" in message
     assert capsys.readouterr().err == f"Downloading Fashion-MNIST to {raw} …\n"
     assert list(raw.parent.iterdir()) == []
@@ -680,7 +680,7 @@ def test_nothing_is_downloaded_into_a_folder_with_other_files(
     raw = tmp_path / "data" / "FashionMNIST" / "raw"
     (raw / "other").mkdir(parents=True)
     message = fail("train.py", tmp_path / "run", data=tmp_path / "data")
-    assert f"{raw} has none of the four files of Fashion-MNIST, but other files. Move" in message
+    assert f"{raw} has other files, but none of the four files of Fashion-MNIST. Move" in message
     assert capsys.readouterr().err == ""
     assert list(raw.iterdir()) == [raw / "other"]
     assert not (tmp_path / "run").exists()
@@ -2122,7 +2122,7 @@ def test_feature_run_is_recognized_by_its_weights(finished, run, tmp_path):
     # Training changes the weights, and then the folder has another encoder.
     succeed("train.py", run, epochs=3)
     message = fail("train.py", new, feature_run=run, **options)
-    assert f"{new} was trained with another network as --feature-run." in message
+    assert f"{new} was trained with a different network as --feature-run." in message
     assert saved_epochs(new) == 2
 
 
@@ -2406,7 +2406,7 @@ def test_device_is_used_unchecked_for_a_network_with_dropout(asked, devices, cap
     warning = capsys.readouterr().err
     assert warning.startswith("Warning: the network has random layers, so we cannot check ")
     assert "cuda" in warning
-    assert warning.endswith("It is used unchecked.\n")
+    assert warning.endswith("cuda is used without this check.\n")
     assert warning.count("\n") == 1
 
 
@@ -3353,7 +3353,7 @@ def test_classification_of_other_weights_is_not_drawn(run, quick_figures, capsys
     warning, is_drawn = draw(run, quick_figures, capsys)
     assert warning == (
         f"Warning: {run / CLASSIFICATION} belongs to other weights. "
-        f"To measure the run: python classify.py --run {run}\n"
+        f"To evaluate the run: python classify.py --run {run}\n"
     )
     assert not is_drawn
 
@@ -3364,7 +3364,7 @@ def test_classification_of_another_epoch_is_not_drawn(run, quick_figures, capsys
     warning, is_drawn = draw(run, quick_figures, capsys)
     assert warning == (
         f"Warning: {run / CLASSIFICATION} belongs to epoch 1, but the run has 2 epochs. "
-        f"To measure the run: python classify.py --run {run}\n"
+        f"To evaluate the run: python classify.py --run {run}\n"
     )
     assert not is_drawn
 
@@ -3397,7 +3397,7 @@ def test_missing_or_damaged_classification_is_not_drawn(
         damage_file(run / CLASSIFICATION, first_half)
     warning, is_drawn = draw(run, quick_figures, capsys)
     assert not is_drawn
-    problem, _, command = warning.partition(" To measure the run: ")
+    problem, _, command = warning.partition(" To evaluate the run: ")
     assert problem == f"Warning: {run / CLASSIFICATION} is missing or damaged."
     assert shlex.split(command) == ["python", "classify.py", "--run", str(run)]
 

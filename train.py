@@ -97,13 +97,13 @@ def parse_arguments():
     proposals.add_argument(
         "--lr-scheduler",
         choices=LR_SCHEDULERS,
-        help="plateau: divide the learning rate by 10 after more than ten epochs without progress; "
-        "cosine: let it fall from --lr to 0 (default: %(default)s)",
+        help="plateau: divide the learning rate by 10 after more than ten epochs in a row without "
+        "progress; cosine: let it fall from --lr to 0 (default: %(default)s)",
     )
     proposals.add_argument(
         "--feature-run",
         metavar="DIR",
-        help="also match the encoder features of this run",
+        help="also match the encoder features of this run; needs --feature-weight",
     )
     proposals.add_argument(
         "--feature-weight",
@@ -282,7 +282,7 @@ def stop_unless_finite(row):
     """Raise UserError if a loss of this epoch is NaN or infinite."""
     if not math.isfinite(row["train_loss"] + row["test_loss"]):
         raise UserError(
-            f"The loss is not finite in epoch {row['epoch']}. Try a smaller --lr, in another "
+            f"The loss is not finite in epoch {row['epoch']}. Try a smaller --lr and another "
             "folder with --run. The finished epochs are kept."
         )
 
@@ -320,8 +320,8 @@ def learning_rate(args, log):
     """Return the learning rate of the next epoch.
 
     "cosine" falls from --lr to 0 over --epochs. "plateau" divides the learning rate by 10 after
-    more than ten epochs in which the training loss (BCE + beta * KLD) did not improve; these are
-    PyTorch's defaults. The scheduler is replayed from the loss log, so its state need not be saved.
+    more than ten epochs in a row without progress of the training loss (BCE + beta * KLD), as is
+    PyTorch's default. The scheduler is replayed from the loss log, so its state need not be saved.
     """
     if args.lr_scheduler == "constant":
         return args.lr
@@ -450,7 +450,7 @@ def check_same_config(run, config):
         if name == "data_sha256":
             difference = "on different data"
         elif name == "feature_sha256":
-            difference = "with another network as --feature-run"
+            difference = "with a different network as --feature-run"
         else:
             difference = f"with --{dashed(name)} {before}, not {value}"
         raise UserError(f"{run.path} was trained {difference}. Choose another folder with --run.")
@@ -529,7 +529,7 @@ def check_device(device, model, images):
         loss_and_gradients(model, images, device)  # a device may still fail to compute anything
         print(
             f"Warning: the network has random layers, so we cannot check whether {device} computes "
-            "the same as the CPU. It is used unchecked.",
+            "the same as the CPU. {device} is used without this check.",
             file=sys.stderr,
         )
         return

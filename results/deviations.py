@@ -25,13 +25,17 @@ from model import BATCH_SIZE, latent_means, load_run
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [options]",
+        description="Measure how deviations from the report's description change the accuracy of "
+        "the Random Forest. Writes results/deviations.json. Takes 5 to 20 minutes on a CPU.",
+    )
     parser.add_argument(
         "--data",
         type=data.folder,
         metavar="DIR",
         default=data.DEFAULT_ROOT,
-        help="folder with the four files of Fashion-MNIST",
+        help="folder with the four files of Fashion-MNIST (default: %(default)s)",
     )
     args = parser.parse_args()
     train, test = data.load_splits(args.data)

@@ -154,7 +154,7 @@ def main():
         type=int,
         metavar="N",
         default=3,
-        help="how often to time both (default: %(default)s)",
+        help="number of times that both are timed (default: %(default)s)",
     )
     parser.add_argument(
         "--epochs",
@@ -188,7 +188,7 @@ def main():
         our_text = " ".join(f"{seconds:.2f}" for seconds in our_seconds)
         print(f"pair {pair}: report {report_text} s, train.py {our_text} s, {ratio:.2f}")
     spread = f" ± {stdev(ratios):.2f}" if len(ratios) > 1 else ""
-    print(f"torch {torch.__version__}: train.py is faster by {mean(ratios):.2f}{spread}")
+    print(f"torch {torch.__version__}: train.py is {mean(ratios):.2f}{spread} times as fast")
 
 
 if __name__ == "__main__":

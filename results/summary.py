@@ -98,7 +98,8 @@ VARIANTS = {
 def main():
     parser = argparse.ArgumentParser(
         usage="%(prog)s [options] [folder]",
-        description="Print the tables of results/README.md. Draw the figures that compare runs.",
+        description="Print the tables of results/README.md. With --figures, draw the figures that "
+        "compare runs.",
     )
     parser.add_argument(
         "folder",
@@ -119,7 +120,9 @@ def main():
         action="store_true",
         help="first fit ten Random Forests on the raw pixels, which takes about ten minutes",
     )
-    parser.add_argument("--figures", action="store_true", help="first draw the figures")
+    parser.add_argument(
+        "--figures", action="store_true", help="first draw the figures that compare runs"
+    )
     args = parser.parse_args()
     if args.pixels:
         measure_pixels(args.data)
@@ -189,7 +192,9 @@ def tables(folder):
             row.append(result)
             baselines.update(baseline_rows(result))
     if not rows:
-        raise UserError(f"{folder} has no classified runs in <name>/seed<n>.")
+        raise UserError(
+            f"{folder} has no classified runs in <name>/seed<n>. Run classify.py on them."
+        )
     content = data.read_bytes(folder / "pixels.json")
     if content:
         forests = [Result(None, {"accuracy": value}) for value in json.loads(content).values()]
@@ -204,7 +209,7 @@ def check_seed_is_new(result, row):
         if seed_of(other) == seed_of(result):
             raise UserError(
                 f"{other.run.path} and {result.run.path} have the same options and the same seed, "
-                f"{seed_of(result)}. Remove one of them from the table."
+                f"{seed_of(result)}. Move one of them out of this folder."
             )
 
 
