@@ -1538,7 +1538,7 @@ def test_loss_that_is_not_finite_stops_training(run):
     edit_tensors(run / STATE, overflow)
     message = fail("train.py", run)
     assert "not finite in epoch 3" in message
-    assert "smaller --lr, in another folder with --run" in message
+    assert "smaller --lr and another folder with --run" in message
     assert [row["epoch"] for row in log_of(run)] == [1, 2]
 
 

@@ -529,7 +529,7 @@ def check_device(device, model, images):
         loss_and_gradients(model, images, device)  # a device may still fail to compute anything
         print(
             f"Warning: the network has random layers, so we cannot check whether {device} computes "
-            "the same as the CPU. {device} is used without this check.",
+            f"the same as the CPU. {device} is used without this check.",
             file=sys.stderr,
         )
         return
