@@ -91,6 +91,7 @@ def main():
     if args.baselines:
         baselines = measure_baselines(train, test, latent_dim, pca)
 
+    # accuracy, recall and confusion_matrix are those of the Random Forest on latent means.
     result = {
         "epoch": len(run.log),
         "sha256": digest(run.weights),
@@ -113,7 +114,7 @@ def fit_forest(features, labels, random_state=42):
 
 
 def print_classification(matrix, accuracy, recall):
-    """Print a confusion matrix [10, 10], the share of each class that is correct, the accuracy."""
+    """Print a confusion matrix [10, 10], the share correct of each class, and the accuracy."""
     print("Confusion matrix (rows: true class, columns: predicted class, in the same order)")
     for name, counts, share in zip(data.CLASSES, matrix, recall):
         print(f"{name:11}", *(f"{count:4}" for count in counts), f"{share * 100:6.1f}% correct")
@@ -263,8 +264,8 @@ def share_within_manifold(points, reference):
     from that reference point to its third-nearest neighbor (Kynkäänniemi et al., 2019, k = 3).
     """
     neighbors = NearestNeighbors(n_neighbors=4).fit(reference)  # each point itself and three others
-    distances, _ = neighbors.kneighbors(reference)
-    radii = torch.tensor(distances[:, 3])
+    neighbor_distances, _ = neighbors.kneighbors(reference)
+    radii = torch.tensor(neighbor_distances[:, 3])
     inside = []
     for chunk in points.split(500):
         # Matrix products would put a point at a nonzero distance from itself.

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-CLASSES = [
+CLASSES = [  # the names of the labels 0, 1, 2, …
     "T-shirt/top",
     "Trouser",
     "Pullover",
@@ -55,14 +55,14 @@ class Dataset(NamedTuple):
     train_images: torch.Tensor  # uint8 [N, 28, 28], gray values from 0 (black) to 255
     train_labels: torch.Tensor  # uint8 [N], 0 to 9, an index into CLASSES
     test_images: torch.Tensor  # uint8 [M, 28, 28]
-    test_labels: torch.Tensor  # uint8 [M]
+    test_labels: torch.Tensor  # uint8 [M], 0 to 9
     sha256: str  # of all pixels and labels
 
 
 def load_splits(root, hold_out=0):
     """Return the training and the test split of Fashion-MNIST (Xiao et al., 2017).
 
-    `read_dataset` says where the files are looked for, and `make_splits` what is returned.
+    See `find_files` for where the files are looked for, and `make_splits` for what is returned.
     """
     return make_splits(read_dataset(root), hold_out)
 
@@ -70,8 +70,8 @@ def load_splits(root, hold_out=0):
 def read_dataset(root):
     """Read the four files of Fashion-MNIST, or of another data set in the same format.
 
-    The files are downloaded into `root` if they are found nowhere. Raises UserError if a file is
-    missing or damaged, or if the download fails.
+    If they are found nowhere, they are downloaded into `root`/FashionMNIST/raw (see `find_files`).
+    Raises UserError if a file is missing or damaged, or if the download fails.
     """
     paths = find_files(root)
     arrays = [read_idx(path) for path in paths]
@@ -84,8 +84,15 @@ def read_dataset(root):
             "Were the gray values already divided by 255?",
             file=sys.stderr,
         )
-    checksum = sha256(b"".join(array.numpy() for array in arrays))
-    return Dataset(paths[0].parent, *arrays, checksum)
+    content = b"".join(array.numpy().tobytes() for array in arrays)
+    return Dataset(
+        folder=paths[0].parent,
+        train_images=train_images,
+        train_labels=train_labels,
+        test_images=test_images,
+        test_labels=test_labels,
+        sha256=sha256(content),
+    )
 
 
 def make_splits(dataset, hold_out=0):
@@ -214,12 +221,13 @@ def read_idx(path):
 
 
 def check_images_and_labels(path, images, labels):
-    """Raise UserError unless images are [N, 28, 28] and labels [N], from 0 to 9."""
-    if labels.dim() != 1 or images.shape != (len(labels), 28, 28) or labels.max() > 9:
+    """Raise UserError unless images are [N, 28, 28], and labels [N] are indices into CLASSES."""
+    last_class = len(CLASSES) - 1
+    if labels.dim() != 1 or images.shape != (len(labels), 28, 28) or labels.max() > last_class:
         raise UserError(
             f"{path} has shape {list(images.shape)}, and its labels have shape "
             f"{list(labels.shape)} and values up to {labels.max()}. "
-            "Expected [N, 28, 28] and [N], with values up to 9."
+            f"Expected [N, 28, 28] and [N], with values up to {last_class}."
         )
 
 
@@ -257,8 +265,15 @@ def is_out_of_memory(error):
     """Return whether memory ran out, on the CPU or on a GPU."""
     if isinstance(error, MemoryError):
         return True
-    # PyTorch raises RuntimeError with one of these texts. The last one is that of oneDNN.
-    texts = ["allocate memory", "out of memory", "could not create a primitive"]
+    # PyTorch raises RuntimeError with one of these texts: on Linux, on a GPU, on Windows, from
+    # cuBLAS and cuDNN, and from oneDNN.
+    texts = [
+        "allocate memory",
+        "out of memory",
+        "not enough memory",
+        "alloc_failed",
+        "could not create a primitive",
+    ]
     return any(text in str(error).lower() for text in texts)
 
 
@@ -273,7 +288,7 @@ def sha256(content):
 
 
 def write_bytes(path, content):
-    """Write a file completely or not at all: under a temporary name, which is then changed.
+    """Write a file completely or not at all. It gets a temporary name first and is then renamed.
 
     Raises UserError if the file cannot be written.
     """
@@ -307,7 +322,7 @@ def replace(source, target):
             return
         except PermissionError:
             time.sleep(0.2)
-    os.replace(source, target)
+    os.replace(source, target)  # the last attempt, which may raise an error
 
 
 # --- The command line ---------------------------------------------------------------------

@@ -24,11 +24,14 @@ from data import UserError
 
 
 class VAE(nn.Module):
-    """A variational autoencoder (Kingma & Welling, 2014). Base class of the three networks.
+    """A variational autoencoder (Kingma & Welling, 2014). Base class of the networks in MODELS.
 
     Images x are [N, 1, 28, 28] float32 in [0, 1]. Latent means mu, log variances logvar and latent
-    codes z are [N, latent_dim]. A subclass defines the layers `fc_mu` and `fc_log`, and the methods
-    `features` (the outputs of the hidden layers of the encoder) and `decode`.
+    codes z are [N, latent_dim].
+
+    A subclass has a `name` and takes `latent_dim`. It defines the layers `fc_mu` and `fc_log`, and
+    the methods `features` (the outputs of the hidden layers of the encoder) and `decode`. All of
+    its parameters are trained.
     """
 
     def encode(self, x):
@@ -174,7 +177,8 @@ def loss_function(recon_x, x, mu, logvar, beta=1.0, with_terms=False):
     """Return the loss of a batch, BCE + beta * KLD, in nats summed over the batch.
 
     With beta = 1, this is the loss of the report; other values give a beta-VAE (Higgins et al.,
-    2017). With `with_terms`, return (loss, BCE, KLD), because training logs both terms.
+    2017). With `with_terms`, return (loss, BCE, KLD), because training logs both terms. The
+    feature-matching loss is not part of it; train_step in train.py adds it.
     """
     bce = reconstruction_bce(recon_x, x)
     kld = kl_divergence(mu, logvar)
@@ -207,7 +211,9 @@ def kl_divergence(mu, logvar):
 # --- A trained run: its options -----------------------------------------------------------
 
 # The options of train.py that decide what is trained, with their defaults. These are the values of
-# the report. What the report only proposes is off by default.
+# the report. What the report only proposes is off by default. A new option also needs its range in
+# check_options, a label in Run.describe (otherwise its runs are put into one row of a table with
+# others), and an argument in train.py.
 OPTIONS = {
     "model": "conv",
     "latent_dim": 32,
@@ -244,7 +250,10 @@ def check_options(options):
         value = options[name]
         is_number = type(value) is int or type(value) is kind
         if not is_number or not low <= value <= high:  # NaN is in no range
-            raise ValueError(f"--{dashed(name)} must be between {low} and {high}, not {value!r}")
+            number = "an integer" if kind is int else "a number"
+            raise ValueError(
+                f"--{dashed(name)} must be {number} between {low} and {high}, not {value!r}"
+            )
     if bool(options["feature_weight"]) != bool(options["feature_run"]):
         raise ValueError("--feature-weight and --feature-run must be given together")
 
@@ -264,7 +273,29 @@ def train_command(options, path):
     return data.shell_command(words)
 
 
-# --- A trained run: loading it ------------------------------------------------------------
+# --- A trained run: its files -------------------------------------------------------------
+
+STATE = "state.pth"  # the checkpoint. The next three files are exported from it.
+CONFIG = "config.json"
+WEIGHTS = "convvae_fashionmnist.pth"
+LOG = "losses.csv"
+CLASSIFICATION = "classification.json"  # written by classify.py
+RUN_FILES = [STATE, CONFIG, WEIGHTS, LOG, CLASSIFICATION]
+
+# All losses are in nats per image. A loss is always bce + kld, without the weight --beta and
+# without the feature-matching loss, so that all runs can be compared.
+LOG_COLUMNS = [
+    "epoch",
+    "train_loss",
+    "train_bce",
+    "train_kld",
+    "test_loss",
+    "test_bce",
+    "test_kld",
+    "lr",
+    "seconds",
+]
+RESTORE = "Restore it, or train in another folder with --run."
 
 
 @dataclass
@@ -283,7 +314,10 @@ class Run:
         return f"{self.path}: {self.describe(leave_out=['epochs'])}, {epochs}"
 
     def describe(self, leave_out=()):
-        """Return the name of the network, and all options that differ from the report's."""
+        """Return the name of the network, and the options that differ from the report's.
+
+        The seed and the run for feature matching are left out.
+        """
         labels = {
             "latent_dim": "{} latent dimensions",
             "batch_size": "batch size {}",
@@ -302,81 +336,6 @@ class Run:
             if name not in leave_out and value != OPTIONS[name]:
                 parts.append(label.format(value))
         return ", ".join(parts)
-
-
-def load_run(path):
-    """Load a run and its trained network (Run.model, on the CPU, in evaluation mode).
-
-    `path` is the run's folder, a string or a Path. Raises UserError if there is no run, if it has
-    no weights, if a file is damaged, or if the weights do not fit the options.
-    """
-    run = read_run(path)
-    if run.weights is None:
-        raise UserError(
-            f"{run.path} has no {WEIGHTS}. "
-            f"To train the same network again: {train_command(run.config, 'runs/new')}"
-        )
-    model = MODELS[run.config["model"]](run.config["latent_dim"])
-    check_weights(run, model.state_dict())
-    model.load_state_dict(run.weights)
-    run.model = model.eval()
-    return run
-
-
-def check_weights(run, expected):
-    """Raise UserError, naming the first tensor that does not fit the network, if there is one."""
-    for name in [*run.weights, *expected]:
-        problem = None
-        if name not in expected:
-            problem = f"{name} is not in this network"
-        elif name not in run.weights:
-            problem = f"{name} is missing"
-        elif run.weights[name].shape != expected[name].shape:
-            found = list(run.weights[name].shape)
-            problem = f"{name} has shape {found}, not {list(expected[name].shape)}"
-        if problem:
-            raise UserError(
-                f"The weights in {run.path} ({STATE} or {WEIGHTS}) do not fit its options "
-                f"({STATE} or {CONFIG}): {problem}. Restore the files of this run."
-            )
-
-
-def load_run_data(run, root):
-    """Return the training and the test split of a run, as `data.make_splits` does.
-
-    Raises UserError if the data in `root` are not those on which the run was trained.
-    """
-    dataset = data.read_dataset(root)
-    if dataset.sha256 != run.config["data_sha256"]:
-        raise UserError(
-            f"{run.path} was trained on different data from those in {dataset.folder}. "
-            "Give the folder of its data with --data."
-        )
-    return data.make_splits(dataset, run.config["hold_out"])
-
-
-# --- A trained run: its files -------------------------------------------------------------
-
-STATE = "state.pth"  # the checkpoint. The next three files are exported from it.
-CONFIG = "config.json"
-WEIGHTS = "convvae_fashionmnist.pth"
-LOG = "losses.csv"
-CLASSIFICATION = "classification.json"  # written by classify.py
-RUN_FILES = [STATE, CONFIG, WEIGHTS, LOG, CLASSIFICATION]
-
-# All losses are in nats per image. loss = bce + kld, whatever --beta is.
-LOG_COLUMNS = [
-    "epoch",
-    "train_loss",
-    "train_bce",
-    "train_kld",
-    "test_loss",
-    "test_bce",
-    "test_kld",
-    "lr",
-    "seconds",
-]
-RESTORE = "Restore it, or train in another folder with --run."
 
 
 def read_run(path):
@@ -443,15 +402,14 @@ def read_weights(path):
 def load_tensors(content):
     """Return the object in the bytes of a file of torch.save. Code in it is not run."""
     file = io.BytesIO(content)
+    is_pickle = content.startswith(b"\x80")  # which old versions of torch.save wrote
     if zipfile.is_zipfile(file):
         # torch.load does not check the checksums.
         damaged = zipfile.ZipFile(file).testzip()
         if damaged:
             raise ValueError(f"the checksum of {damaged} is wrong")
-    elif not content.startswith(
-        b"\x80"
-    ):  # as pickles begin, which old versions of torch.save wrote
-        raise ValueError("it was not written by torch.save")
+    elif not is_pickle:
+        raise ValueError("it is incomplete, or torch.save did not write it")
     file.seek(0)
     return torch.load(file, map_location="cpu", weights_only=True)
 
@@ -481,11 +439,13 @@ def read_config(path):
 def complete_config(config):
     """Return a config in which options that were added after the run was saved have their default.
 
-    Raises ValueError or KeyError if an option has an impossible value, or if "epochs" is missing.
+    Raises ValueError if an option has an impossible value, or if "epochs" is missing.
     """
-    # All runs were saved with their epochs. All runs without a checksum used Fashion-MNIST.
+    # Every run was saved with its number of epochs, so the default must not replace a missing one.
+    if "epochs" not in config:
+        raise ValueError("epochs is missing")
+    # Runs saved before checksums were added were trained on Fashion-MNIST.
     completed = {**OPTIONS, "feature_sha256": None, "data_sha256": data.SHA256, **config}
-    completed["epochs"] = config["epochs"]
     check_options(completed)
     return completed
 
@@ -533,7 +493,8 @@ def read_classification(path):
     with contextlib.suppress(*damage):
         result = json.loads(content)
         matrix = torch.tensor(result["confusion_matrix"])
-        is_matrix = matrix.shape == (10, 10) and matrix.dtype == torch.int64
+        classes = len(data.CLASSES)
+        is_matrix = matrix.shape == (classes, classes) and matrix.dtype == torch.int64
         numbers = torch.tensor([result["epoch"], result["accuracy"]])
         is_hash = isinstance(result.get("sha256"), str | None)
         if is_matrix and numbers.isfinite().all() and is_hash:
@@ -571,16 +532,71 @@ def digest(weights):
     return sha256.hexdigest()
 
 
+# --- A trained run: loading it ------------------------------------------------------------
+
+
+def load_run(path):
+    """Load a run and its trained network (Run.model, on the CPU, in evaluation mode).
+
+    `path` is the run's folder, a string or a Path. Raises UserError if there is no run, if it has
+    no weights, if a file is damaged, or if the weights do not fit the options.
+    """
+    run = read_run(path)
+    if run.weights is None:
+        raise UserError(
+            f"{run.path} has no {WEIGHTS}. "
+            f"To train the same network again: {train_command(run.config, 'runs/new')}"
+        )
+    model = MODELS[run.config["model"]](run.config["latent_dim"])
+    check_weights(run, model.state_dict())
+    model.load_state_dict(run.weights)
+    run.model = model.eval()
+    return run
+
+
+def check_weights(run, expected):
+    """Raise UserError, naming the first tensor that does not fit the network, if there is one."""
+    for name in [*run.weights, *expected]:
+        problem = None
+        if name not in expected:
+            problem = f"{name} is not in this network"
+        elif name not in run.weights:
+            problem = f"{name} is missing"
+        elif run.weights[name].shape != expected[name].shape:
+            found = list(run.weights[name].shape)
+            problem = f"{name} has shape {found}, not {list(expected[name].shape)}"
+        if problem:
+            raise UserError(
+                f"The weights in {run.path} ({STATE} or {WEIGHTS}) do not fit its options "
+                f"({STATE} or {CONFIG}): {problem}. Restore the files of this run."
+            )
+
+
+def load_run_data(run, root):
+    """Return the training and the test split of a run, as `data.make_splits` does.
+
+    Raises UserError if the data in `root` are not those on which the run was trained.
+    """
+    dataset = data.read_dataset(root)
+    if dataset.sha256 != run.config["data_sha256"]:
+        raise UserError(
+            f"{run.path} was trained on different data from those in {dataset.folder}. "
+            "Give the folder of its data with --data."
+        )
+    return data.make_splits(dataset, run.config["hold_out"])
+
+
 # --- Latent means and samples -------------------------------------------------------------
 
-BATCH_SIZE = 128  # where nothing is trained
+BATCH_SIZE = 128  # for latent means, and for the metrics of classify.py
 
 
 @torch.no_grad()
 def latent_means(model, images):
     """Return the latent means mu(x), [N, latent_dim] float32, of images on the CPU.
 
-    Images are [N, 1, 28, 28] floating-point numbers in [0, 1]. Raises ValueError otherwise.
+    Images are [N, 1, 28, 28] floating-point numbers in [0, 1]. Raises ValueError otherwise. The
+    model must be on the CPU and in evaluation mode, as load_run returns it.
     """
     expected = (
         "images must be a tensor [N, 1, 28, 28] of floating-point numbers in [0, 1] "
@@ -612,8 +628,10 @@ def sample_mixture(model, images, n):
     """Draw n latent codes [n, latent_dim] from a mixture of Gaussians fitted to mu of images.
 
     This estimates where the latent codes of images lie (Ghosh et al., 2020). The mixture has 50
-    Gaussians, fitted to the first 10,000 images, as chosen in results/mixture.txt. It has fewer if
-    there are fewer than six different latent means per Gaussian and dimension.
+    Gaussians with full covariances, fitted to the first 10,000 images, as chosen in
+    results/mixture.txt. It has fewer Gaussians if there are fewer than six different latent means
+    per Gaussian and dimension. With more than 128 latent dimensions, the covariances are diagonal,
+    and six different latent means per Gaussian are enough.
     """
     # Imported here because train.py does not need scikit-learn, which takes a second to import.
     from sklearn.mixture import GaussianMixture
@@ -644,9 +662,10 @@ def sample_mixture(model, images, n):
 class TransposedConv2d(nn.ConvTranspose2d):
     """nn.ConvTranspose2d, computed in the way that is fastest on a CPU.
 
-    The result is the same up to rounding. On a CPU, PyTorch leaves convolutions to the library
-    oneDNN, which is slow in two cases: with a bias, which is therefore added separately, and with a
-    single output channel, for which PyTorch has a faster kernel of its own.
+    The result is the same up to rounding, so a network may also use nn.ConvTranspose2d. On a CPU,
+    PyTorch leaves convolutions to the library oneDNN, which is slow in two cases. One is a bias,
+    which is therefore added separately. The other is a single output channel, for which PyTorch has
+    a faster kernel of its own.
     """
 
     def forward(self, x):
@@ -677,7 +696,7 @@ class TransposedConv2d(nn.ConvTranspose2d):
                 self.groups,
                 self.dilation,
             )
-        bias = self.bias
+        bias = self.bias  # TorchScript needs a variable to see that it is not None
         if bias is not None:
             y.add_(bias.view(-1, 1, 1))
         return y

@@ -7,7 +7,7 @@ import textwrap
 
 # The figures need no backend, but matplotlib cannot be imported if MPLBACKEND names one that is not
 # installed. A notebook's own backend (module://…) stays, so that its plots keep working.
-if not os.environ.get("MPLBACKEND", "module://").startswith("module://"):
+if "MPLBACKEND" in os.environ and not os.environ["MPLBACKEND"].startswith("module://"):
     os.environ["MPLBACKEND"] = "agg"
 
 import matplotlib.style
@@ -166,7 +166,7 @@ def draw_latent_space(mu, labels):
     # The perplexity must be smaller than the number of points. 30 is scikit-learn's default.
     tsne = TSNE(perplexity=min(30, len(mu) / 4), random_state=0, n_jobs=-1)
     methods = {"PCA": PCA(2, random_state=0), "t-SNE": tsne}
-    point_colors = [f"C{label}" for label in labels]
+    point_colors = [f"C{label}" for label in labels.tolist()]
     figure = Figure(figsize=(11, 5), layout="constrained")
     for axis, (name, method) in zip(figure.subplots(1, 2), methods.items()):
         points = method.fit_transform(mu)

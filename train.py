@@ -22,6 +22,7 @@ from model import (
     LR_SCHEDULERS,
     MODELS,
     OPTIONS,
+    RESTORE,
     RUN_FILES,
     STATE,
     WEIGHTS,
@@ -135,7 +136,7 @@ def main():
     if args.feature_run:
         feature_run = load_run(args.feature_run)
         encoder = feature_run.model.requires_grad_(False)
-        # The folder may hold other weights when training is resumed.
+        # Resuming is refused if the folder of --feature-run holds other weights by then.
         config["feature_sha256"] = digest(feature_run.weights)
     dataset = data.read_dataset(args.data)
     config["data_sha256"] = dataset.sha256
@@ -167,8 +168,9 @@ def main():
         return train_step(model, optimizer, images, args.beta, encoder, args.feature_weight)
 
     if device == "cuda":
+        # The step is recorded once and then replayed, which is faster.
         step = CapturedStep(step, args.batch_size)
-    config["torch"] = str(torch.__version__)
+    config["torch"] = str(torch.__version__)  # otherwise torch.load would refuse its type
     config["device"] = describe_device(device)
     print(f"{model.name} on {config['device']}, epochs {len(log) + 1} to {args.epochs}", flush=True)
 
@@ -237,34 +239,36 @@ def mean_losses(split, sums, count):
     """Return the columns of the loss log for one split.
 
     `sums` are tensors [BCE, KLD] of all batches, summed over the images. `count` is the number of
-    images.
+    images. The loss is BCE + KLD without beta and feature matching, so runs can be compared.
     """
     # The losses are read once per epoch. Reading them in each step would make the program wait for
     # the GPU each time.
-    bce, kld = (torch.stack(sums).cpu().double().sum(dim=0) / count).tolist()
+    totals = torch.stack(sums).cpu().double().sum(dim=0)
+    bce, kld = (totals / count).tolist()
     return {f"{split}_loss": bce + kld, f"{split}_bce": bce, f"{split}_kld": kld}
 
 
 def train_step(model, optimizer, images, beta, encoder, feature_weight):
     """Update the model on a batch [B, 1, 28, 28]. Return [BCE, KLD] in nats, summed over the batch.
 
-    BCE + beta * KLD is minimized. If an encoder is given, the loss of feature matching is added.
+    BCE + beta * KLD is minimized. If an encoder is given, the feature-matching loss is added.
     """
     optimizer.zero_grad()
     reconstruction, mu, logvar = model(images)
     loss, bce, kld = loss_function(reconstruction, images, mu, logvar, beta, with_terms=True)
     if encoder:
-        loss = loss + feature_weight * feature_distance(encoder, reconstruction, images)
+        loss = loss + feature_weight * feature_matching_loss(encoder, reconstruction, images)
     loss.backward()
     optimizer.step()
     return torch.stack((bce, kld)).detach()
 
 
-def feature_distance(encoder, reconstruction, images):
-    """Return the squared distance of the features of reconstructions and images.
+def feature_matching_loss(encoder, reconstruction, images):
+    """Return the feature-matching loss of a batch: the squared distance of features.
 
-    It is summed over the outputs of all hidden layers of the encoder. This is the perceptual loss
-    of Hou et al. (2017), who use the VGG network instead of the encoder of a trained VAE.
+    It compares reconstructions with images, and is summed over the hidden layers of the encoder.
+    This is the perceptual loss of Hou et al. (2017), who use the VGG network instead of the encoder
+    of a trained VAE.
     """
     distance = 0
     for found, wanted in zip(encoder.features(reconstruction), encoder.features(images)):
@@ -283,7 +287,7 @@ def stop_unless_finite(row):
     if not math.isfinite(row["train_loss"] + row["test_loss"]):
         raise UserError(
             f"The loss is not finite in epoch {row['epoch']}. Try a smaller --lr and another "
-            "folder with --run. The finished epochs are kept."
+            "folder with --run. Earlier epochs are kept."
         )
 
 
@@ -357,7 +361,7 @@ class RunWriter:
         return None if content is None else data.sha256(content)
 
     def resume(self, config):
-        """Return the run to be resumed, with its network, or None for a new run.
+        """Prepare the folder, and return the run to be resumed, or None for a new run.
 
         Raises UserError if the run has other options or was trained on other data, if the folder
         has files of a run but no state.pth, or if nothing can be written to the folder.
@@ -366,7 +370,6 @@ class RunWriter:
         if self.last_sha256:
             run = load_run(self.path)
             check_same_config(run, config)
-            self.export(run.config, run.weights, run.log)
         elif any((self.path / name).exists() for name in RUN_FILES):
             command = train_command(read_config(self.path / CONFIG) or config, "runs/new")
             raise UserError(
@@ -375,6 +378,9 @@ class RunWriter:
             )
         self.path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=self.path).close()  # fails now if the folder is read-only
+        if run:
+            # An interruption may have left the exported files one epoch behind.
+            self.export(run.config, run.weights, run.log)
         return run
 
     def save(self, config, model, optimizer, log):
@@ -403,7 +409,7 @@ class RunWriter:
     def export(self, config, weights, log):
         """Write config.json, the weights and losses.csv.
 
-        A failure is only worth a warning, because state.pth has the same content. For example, a
+        A failure only prints a warning, because state.pth has the same content. For example, a
         spreadsheet program that shows losses.csv may keep it from being replaced.
         """
         contents = {
@@ -438,8 +444,8 @@ def log_bytes(log):
 def check_same_config(run, config):
     """Raise UserError, naming the first difference, unless the run has this config.
 
-    More epochs are allowed, except with a cosine schedule, whose learning rates depend on them. The
-    run for feature matching may lie in another folder, as long as its weights are the same.
+    Another number of epochs is allowed, except with a cosine schedule, whose learning rates depend
+    on it. The run for feature matching may lie in another folder if its weights are the same.
     """
     for name, value in config.items():
         before = run.config[name]
@@ -475,8 +481,7 @@ def load_optimizer_state(optimizer, run):
                 state[number][name] = torch.empty_like(parameter).copy_(saved[name])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{run.path / STATE} has no optimizer state that fits the network. "
-            "Restore it, or train in another folder with --run."
+            f"{run.path / STATE} has no optimizer state that fits the network. {RESTORE}"
         ) from error
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
@@ -487,8 +492,8 @@ def load_optimizer_state(optimizer, run):
 def choose_device(asked, model, images):
     """Return the device to train on: `asked`, or for "auto" the first of cuda, mps, cpu that works.
 
-    A device works if it computes what the CPU computes for `images` [B, 1, 28, 28], which
-    `check_device` tries. Raises UserError if a device that was asked for by name does not work.
+    A device works if it computes what the CPU computes for `images` [B, 1, 28, 28] (see
+    `check_device`). Raises UserError if a device that was asked for by name does not work.
     """
     if asked in ("cuda", "mps"):
         candidates = [asked]
@@ -606,6 +611,9 @@ class CapturedStep:
     Otherwise a GPU waits for the CPU to launch each of its small kernels. The first three batches
     are not captured, because cuDNN then chooses its algorithms and Adam creates its state. Batches
     of another size, such as the last one of an epoch, are never captured.
+
+    A replay repeats the recorded kernels only. Python code in the step does not run again, and a
+    Python number keeps its value. This is why the learning rate is a tensor (see `make_optimizer`).
     """
 
     def __init__(self, step, batch_size):

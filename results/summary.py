@@ -28,7 +28,7 @@ from sklearn.metrics import ConfusionMatrixDisplay
 
 from classify import fit_forest
 from data import UserError
-from model import current_classification, load_run, read_run, sample_mixture
+from model import Run, current_classification, load_run, read_run, sample_mixture
 
 
 class Column(NamedTuple):
@@ -129,7 +129,7 @@ def main():
     if args.figures:
         draw_figures(args.data)
     print(tables(args.folder))
-    if args.folder == RESULTS:
+    if args.folder.resolve() == RESULTS.resolve():
         print(differences_table())
         print(page_numbers())
 
@@ -140,7 +140,7 @@ def main():
 class Result(NamedTuple):
     """A run, and everything that was measured of it."""
 
-    run: object  # a model.Run
+    run: Run | None  # None for Random Forests on pixels, which belong to no run
     numbers: dict  # the last row of the loss log, classification.json, first_train_loss and gap
 
 
@@ -197,8 +197,9 @@ def tables(folder):
         )
     content = data.read_bytes(folder / "pixels.json")
     if content:
-        forests = [Result(None, {"accuracy": value}) for value in json.loads(content).values()]
-        baselines["Pixels, random states 0 to 9", 784] = forests
+        accuracies = json.loads(content).values()
+        results = [Result(None, {"accuracy": accuracy}) for accuracy in accuracies]
+        baselines["Pixels, random states 0 to 9", 784] = results
     all_rows = sorted(rows.items()) + sorted(baselines.items())
     return "\n".join(table(all_rows, columns) for columns in (LOSSES, RECONSTRUCTIONS, SAMPLES))
 
@@ -368,7 +369,10 @@ def draw_figures(root):
 
 def first_seed(name):
     """Return the metrics of seed 0 of a variant, as a dict."""
-    return load_results(RESULTS / name)[0].numbers
+    for result in load_results(RESULTS / name):
+        if seed_of(result) == 0:
+            return result.numbers
+    raise UserError(f"{RESULTS / name}/seed0 is missing or not classified.")
 
 
 def draw_hero(firsts):
