@@ -13,8 +13,8 @@ from sklearn.neighbors import NearestNeighbors
 import data
 from data import UserError
 from model import (
-    BATCH_SIZE,
     CLASSIFICATION,
+    EVALUATION_BATCH_SIZE,
     active_dimensions,
     digest,
     kl_divergence,
@@ -49,11 +49,11 @@ def main():
     train_images, train_labels = train
     test_images, test_labels = test
     latent_dim = run.config["latent_dim"]
-    most_components = min(len(train_images), 28 * 28)
-    if args.baselines and latent_dim > most_components:
+    max_components = min(len(train_images), 28 * 28)
+    if args.baselines and latent_dim > max_components:
         raise UserError(
             f"--baselines needs {latent_dim} principal components, as many as there are latent "
-            f"dimensions, but the training images have only {most_components}."
+            f"dimensions, but the training images have only {max_components}."
         )
     if gradient_energy(test_images) == 0:
         raise UserError(
@@ -66,14 +66,16 @@ def main():
     predicted = fit_forest(train_mu, train_labels).predict(test_mu)
     matrix = confusion_matrix(test_labels, predicted, labels=range(len(data.CLASSES)))
     accuracy = matrix.trace() / matrix.sum()
-    recall = matrix.diagonal() / matrix.sum(axis=1).clip(min=1)  # a class may have no images
+    # A class may have no test images. Its recall is then 0.
+    recall = matrix.diagonal() / matrix.sum(axis=1).clip(min=1)
     print_classification(matrix, accuracy, recall)
 
     # Reconstructions and samples.
-    pca = fit_pca(train_images, min(50, most_components))
+    pca = fit_pca(train_images, min(50, max_components))
     mixture_z = sample_mixture(run.model, train_images, len(test_images))
     metrics = evaluate(run.model, test_images, mixture_z, pca)
-    # Part of the gap between the test and the training loss is the difference of these minima.
+    # This minimum is lower than that of the test images (bce_floor), which explains part of the gap
+    # between the test and the training loss.
     metrics["train_bce_floor"] = minimum_bce(train_images)
     metrics["active_dimensions"] = active_dimensions(test_mu)
     for name, value in metrics.items():
@@ -85,7 +87,8 @@ def main():
             file=sys.stderr,
         )
 
-    # Baselines do not depend on the weights, so those measured before are kept.
+    # Baselines do not depend on the weights, so those measured before are kept. If fit_forest or
+    # sample_quality is changed, they have to be measured again with --baselines.
     path = run.path / CLASSIFICATION
     baselines = (read_classification(path) or {}).get("baselines")
     if args.baselines:
@@ -169,7 +172,7 @@ def evaluate(model, images, mixture_z, pca):
     reconstructions = []
     means = []
     log_variances = []
-    for batch in images.split(BATCH_SIZE):
+    for batch in images.split(EVALUATION_BATCH_SIZE):
         reconstruction, mu, logvar = model(batch)
         reconstructions.append(reconstruction)
         means.append(mu)
@@ -189,7 +192,7 @@ def evaluate(model, images, mixture_z, pca):
         "sharpness_reconstructions": gradient_energy(reconstructions) / gradient_energy(images),
     }
     for name, z in [("samples", torch.randn_like(mu)), ("mixture_samples", mixture_z)]:
-        samples = torch.cat([model.decode(batch) for batch in z.split(BATCH_SIZE)])
+        samples = torch.cat([model.decode(batch) for batch in z.split(EVALUATION_BATCH_SIZE)])
         for metric, value in sample_quality(samples, images, pca).items():
             metrics[f"{metric}_{name}"] = value
     return metrics

@@ -29,9 +29,10 @@ class VAE(nn.Module):
     Images x are [N, 1, 28, 28] float32 in [0, 1]. Latent means mu, log variances logvar and latent
     codes z are [N, latent_dim].
 
-    A subclass has a `name` and takes `latent_dim`. It defines the layers `fc_mu` and `fc_log`, and
-    the methods `features` (the outputs of the hidden layers of the encoder) and `decode`. All of
-    its parameters are trained.
+    A subclass takes `latent_dim`. It defines the layers `fc_mu` and `fc_log`, and the methods
+    `features` (the outputs of the hidden layers of the encoder) and `decode`. It needs a `name` of
+    its own, because runs of networks with the same name are put into one row of a table. All of its
+    parameters must be trained, otherwise a run cannot be resumed.
     """
 
     def encode(self, x):
@@ -67,6 +68,7 @@ class ConvVAE(VAE):
         self.fc_mu = nn.Linear(128 * 3 * 3, latent_dim)
         self.fc_log = nn.Linear(128 * 3 * 3, latent_dim)
         self.fc_dec = nn.Linear(latent_dim, 128 * 3 * 3)
+        # TransposedConv2d is nn.ConvTranspose2d, but faster on a CPU. See the end of this file.
         self.dec1 = TransposedConv2d(
             128, 64, kernel_size=4, stride=2, padding=1, output_padding=1
         )  # 64×7×7
@@ -179,6 +181,9 @@ def loss_function(recon_x, x, mu, logvar, beta=1.0, with_terms=False):
     With beta = 1, this is the loss of the report; other values give a beta-VAE (Higgins et al.,
     2017). With `with_terms`, return (loss, BCE, KLD), because training logs both terms. The
     feature-matching loss is not part of it; train_step in train.py adds it.
+
+    A further term that is added here is minimized, but it is neither logged nor seen by the plateau
+    schedule and classify.py, which use BCE and KLD alone.
     """
     bce = reconstruction_bce(recon_x, x)
     kld = kl_divergence(mu, logvar)
@@ -213,7 +218,8 @@ def kl_divergence(mu, logvar):
 # The options of train.py that decide what is trained, with their defaults. These are the values of
 # the report. What the report only proposes is off by default. A new option also needs its range in
 # check_options, a label in Run.describe (otherwise its runs are put into one row of a table with
-# others), and an argument in train.py.
+# others), and an argument in train.py. It must take a value: train_command cannot write an option
+# such as --warmup, which stands alone.
 OPTIONS = {
     "model": "conv",
     "latent_dim": 32,
@@ -248,6 +254,7 @@ def check_options(options):
     }
     for name, (kind, low, high) in ranges.items():
         value = options[name]
+        # An integer is good where a float is expected, but True is no number, unlike in isinstance.
         is_number = type(value) is int or type(value) is kind
         if not is_number or not low <= value <= high:  # NaN is in no range
             number = "an integer" if kind is int else "a number"
@@ -283,7 +290,8 @@ CLASSIFICATION = "classification.json"  # written by classify.py
 RUN_FILES = [STATE, CONFIG, WEIGHTS, LOG, CLASSIFICATION]
 
 # All losses are in nats per image. A loss is always bce + kld, without the weight --beta and
-# without the feature-matching loss, so that all runs can be compared.
+# without the feature-matching loss, so that all runs can be compared. Runs that were saved before a
+# column was added do not have it, so a new column needs a default in check_log.
 LOG_COLUMNS = [
     "epoch",
     "train_loss",
@@ -332,6 +340,7 @@ class Run:
         for name, label in labels.items():
             value = self.config[name]
             if name == "epochs" and len(self.log) < value:
+                # This differs from every default, so an unfinished run is always labeled.
                 value = f"{len(self.log)} of {value}"
             if name not in leave_out and value != OPTIONS[name]:
                 parts.append(label.format(value))
@@ -445,7 +454,12 @@ def complete_config(config):
     if "epochs" not in config:
         raise ValueError("epochs is missing")
     # Runs saved before checksums were added were trained on Fashion-MNIST.
-    completed = {**OPTIONS, "feature_sha256": None, "data_sha256": data.SHA256, **config}
+    completed = {
+        **OPTIONS,
+        "feature_sha256": None,
+        "data_sha256": data.FASHION_MNIST_SHA256,
+        **config,
+    }
     check_options(completed)
     return completed
 
@@ -580,7 +594,7 @@ def load_run_data(run, root):
     dataset = data.read_dataset(root)
     if dataset.sha256 != run.config["data_sha256"]:
         raise UserError(
-            f"{run.path} was trained on different data from those in {dataset.folder}. "
+            f"{run.path} was not trained on the data in {dataset.folder}. "
             "Give the folder of its data with --data."
         )
     return data.make_splits(dataset, run.config["hold_out"])
@@ -588,7 +602,7 @@ def load_run_data(run, root):
 
 # --- Latent means and samples -------------------------------------------------------------
 
-BATCH_SIZE = 128  # for latent means, and for the metrics of classify.py
+EVALUATION_BATCH_SIZE = 128  # for latent means and all metrics
 
 
 @torch.no_grad()
@@ -610,7 +624,7 @@ def latent_means(model, images):
     # Forest.
     model = copy.deepcopy(model).double()
     means = []
-    for batch in images.split(BATCH_SIZE):
+    for batch in images.split(EVALUATION_BATCH_SIZE):
         mu, _ = model.encode(batch.double())
         means.append(mu.float())
     return torch.cat(means)
@@ -632,6 +646,8 @@ def sample_mixture(model, images, n):
     results/mixture.txt. It has fewer Gaussians if there are fewer than six different latent means
     per Gaussian and dimension. With more than 128 latent dimensions, the covariances are diagonal,
     and six different latent means per Gaussian are enough.
+
+    The codes are in the order of the Gaussians, so the first ones alone are not a fair sample.
     """
     # Imported here because train.py does not need scikit-learn, which takes a second to import.
     from sklearn.mixture import GaussianMixture
@@ -641,13 +657,13 @@ def sample_mixture(model, images, n):
     different_means = len(mu.unique(dim=0))
     if latent_dim <= 128:
         covariance_type = "full"
-        most = different_means // (6 * latent_dim)
+        max_gaussians = different_means // (6 * latent_dim)
     else:
         # The time for full covariances grows with the cube of the dimensions.
         covariance_type = "diag"
-        most = different_means // 6
+        max_gaussians = different_means // 6
     mixture = GaussianMixture(
-        n_components=min(50, max(1, most)),
+        n_components=min(50, max(1, max_gaussians)),
         covariance_type=covariance_type,
         tol=0.03,
         random_state=42,

@@ -120,8 +120,8 @@ TEMPORARY_FOLDER = tempfile.TemporaryDirectory()
 SMALL_DATA = write_dataset(TEMPORARY_FOLDER.name, dataset_files())
 SMALL_DATA_LINE = f"600 training and 225 test images from {SMALL_DATA / 'FashionMNIST' / 'raw'}"
 # In these tests, the small data set takes the place of Fashion-MNIST.
-FASHION_MNIST_SHA256 = data.SHA256
-data.SHA256 = data.read_dataset(SMALL_DATA).sha256
+FASHION_MNIST_SHA256 = data.FASHION_MNIST_SHA256
+data.FASHION_MNIST_SHA256 = data.read_dataset(SMALL_DATA).sha256
 
 
 # --- Running the scripts --------------------------------------------------------------------
@@ -592,7 +592,7 @@ def test_no_warning_if_debians_package_is_named_by_data(debian_package, capsys):
 
 @pytest.mark.skipif(not data.DEBIAN_PACKAGE.exists(), reason="needs Debian's package")
 def test_fashion_mnist_is_recognized(monkeypatch, capsys):
-    monkeypatch.setattr(data, "SHA256", FASHION_MNIST_SHA256)
+    monkeypatch.setattr(data, "FASHION_MNIST_SHA256", FASHION_MNIST_SHA256)
     (images, _), _ = data.load_splits(data.DEBIAN_PACKAGE)
     line = f"60,000 training and 10,000 test images from {data.DEBIAN_PACKAGE}\n"
     assert capsys.readouterr().out == line
@@ -607,7 +607,7 @@ def test_warning_if_pixels_were_already_divided(brightest, warns, tmp_path, caps
     data.load_splits(root)
     warning = (
         f"Warning: the brightest pixel in {root / 'FashionMNIST/raw/train-images-idx3-ubyte'} "
-        "is 1 of 255. Were the gray values already divided by 255?\n"
+        "has the gray value 1, but white is 255. Were the gray values already divided by 255?\n"
     )
     assert capsys.readouterr().err == (warning if warns else "")
 
@@ -717,7 +717,7 @@ def test_checksum_depends_on_each_file(name, tmp_path):
     content = files[name]
     files[name] = content[:-1] + bytes([(content[-1] + 1) % 10])
     root = write_dataset(tmp_path / "data", files)
-    assert data.read_dataset(root).sha256 != data.SHA256
+    assert data.read_dataset(root).sha256 != data.FASHION_MNIST_SHA256
 
 
 def test_run_remembers_its_data(tmp_path, other_data):
@@ -726,7 +726,7 @@ def test_run_remembers_its_data(tmp_path, other_data):
     assert read_json(run / CONFIG)["data_sha256"] == data.read_dataset(other_data).sha256
     # SMALL_DATA takes the place of Fashion-MNIST, as if --data had been forgotten.
     message = fail("classify.py", run)
-    assert f"{run} was trained on different data from those in {SMALL_DATA}" in message
+    assert f"{run} was not trained on the data in {SMALL_DATA}" in message
     assert f"{run} was trained on different data." in fail("train.py", run, epochs=2)
     networks.load_run_data(load_run(run), other_data)
 
@@ -745,7 +745,7 @@ def test_evaluating_a_run_on_other_data_is_refused(script, run, other_data):
     before = contents(run)
     folder = other_data / "FashionMNIST" / "raw"
     message = fail(script, run, data=other_data)
-    assert f"{run} was trained on different data from those in {folder}. Give the folder" in message
+    assert f"{run} was not trained on the data in {folder}. Give the folder" in message
     assert "--data" in message
     assert contents(run) == before
 
@@ -756,7 +756,7 @@ def test_checkpoint_without_a_checksum_counts_as_trained_on_fashion_mnist(run, o
 
     edit_tensors(run / STATE, remove_checksum)
     networks.load_run_data(load_run(run), SMALL_DATA)
-    assert "was trained on different data" in fail("classify.py", run, data=other_data)
+    assert "was not trained on the data in" in fail("classify.py", run, data=other_data)
     assert "was trained on different data" in fail("train.py", run, data=other_data)
     succeed("train.py", run, epochs=2)
 
@@ -767,7 +767,7 @@ def test_config_without_a_checksum_counts_as_trained_on_fashion_mnist(run, other
     del config["data_sha256"]
     (run / CONFIG).write_text(json.dumps(config), encoding="utf-8")
     networks.load_run_data(load_run(run), SMALL_DATA)
-    assert "was trained on different data" in fail("classify.py", run, data=other_data)
+    assert "was not trained on the data in" in fail("classify.py", run, data=other_data)
 
 
 # --- Damaged files and bad options ----------------------------------------------------------
@@ -1336,7 +1336,7 @@ def test_training_matches_a_plain_training_loop(beta, lr_scheduler, tmp_path):
 
 
 def test_all_losses_come_from_the_loss_function(monkeypatch):
-    """Whoever edits it changes the training, the test losses and the check of a device."""
+    """Whoever edits it changes the training, the logged losses and the check of a device."""
     model = ConvVAE(8)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     images = TRAIN_IMAGES[:32]
@@ -1424,7 +1424,7 @@ def test_training_writes_all_options_into_the_config(tmp_path):
         "lr": 0.001,
         "epochs": 1,
         "feature_sha256": None,
-        "data_sha256": data.SHA256,
+        "data_sha256": data.FASHION_MNIST_SHA256,
         "torch": str(torch.__version__),
         "device": "cpu",
     }
@@ -1617,7 +1617,7 @@ def test_run_without_a_checksum_was_trained_on_fashion_mnist(run, three_epochs, 
     assert "on different data" in fail("train.py", run, data=other_data)
     succeed("train.py", run, epochs=3)
     assert_same_training(run, three_epochs)
-    assert load_run(run).config["data_sha256"] == data.SHA256
+    assert load_run(run).config["data_sha256"] == data.FASHION_MNIST_SHA256
 
 
 @pytest.fixture
@@ -1826,7 +1826,7 @@ def test_exported_file_that_cannot_be_replaced_causes_one_warning(
     succeed("train.py", run, epochs=3)
     assert capsys.readouterr().err == (
         f"Warning: {run / LOG} cannot be written: held by another program. "
-        f"{STATE} has the same content.\n"
+        f"{STATE} has its content, too.\n"
     )
     assert 0 < sum(busy_files.waited) / 3 < 2  # seconds per epoch
     assert set(contents(run)) == {STATE, CONFIG, WEIGHTS}
@@ -2007,7 +2007,7 @@ def test_plateau_schedule_waits_for_ten_epochs_without_progress():
     assert learning_rate("plateau", log) == pytest.approx(0.1)
 
 
-def test_plateau_schedule_watches_the_loss_that_is_minimized():
+def test_plateau_schedule_watches_the_loss_with_the_weight_beta():
     """BCE + KLD rises, but BCE + 0.1 * KLD falls."""
     log = [{"train_bce": 9.0 - 0.05 * n, "train_kld": 0.1 * n} for n in range(30)]
     assert learning_rate("plateau", log[:12]) == pytest.approx(0.1)
@@ -2065,15 +2065,15 @@ def test_feature_matching_is_part_of_the_loss_that_is_minimized(finished):
 
 def test_feature_run_is_used_as_an_encoder_that_is_not_trained(finished, tmp_path, monkeypatch):
     train_step = train.train_step
-    encoders = []
+    feature_models = []
 
-    def note_encoder(model, optimizer, images, beta, encoder, feature_weight):
-        encoders.append(encoder)
+    def note_feature_model(model, optimizer, images, beta, feature_model, feature_weight):
+        feature_models.append(feature_model)
         assert (beta, feature_weight) == (0.5, 2.0)
-        assert not any(parameter.requires_grad for parameter in encoder.parameters())
-        return train_step(model, optimizer, images, beta, encoder, feature_weight)
+        assert not any(parameter.requires_grad for parameter in feature_model.parameters())
+        return train_step(model, optimizer, images, beta, feature_model, feature_weight)
 
-    monkeypatch.setattr(train, "train_step", note_encoder)
+    monkeypatch.setattr(train, "train_step", note_feature_model)
     succeed(
         "train.py",
         tmp_path / "run",
@@ -2083,10 +2083,10 @@ def test_feature_run_is_used_as_an_encoder_that_is_not_trained(finished, tmp_pat
         feature_weight=2,
         feature_run=finished,
     )
-    (encoder,) = encoders
+    (feature_model,) = feature_models
     weights = torch.load(finished / WEIGHTS, weights_only=True)
-    torch.testing.assert_close(encoder.state_dict(), weights, rtol=0, atol=0)
-    assert not encoder.training
+    torch.testing.assert_close(feature_model.state_dict(), weights, rtol=0, atol=0)
+    assert not feature_model.training
 
 
 @pytest.mark.parametrize("option, value", [("feature_weight", 1), ("feature_run", "runs/x")])
@@ -2539,7 +2539,7 @@ def train_step_for(model, optimizer):
 
     def step(images):
         return train.train_step(
-            model, optimizer, images, beta=1.0, encoder=None, feature_weight=0.0
+            model, optimizer, images, beta=1.0, feature_model=None, feature_weight=0.0
         )
 
     return step
@@ -3643,19 +3643,27 @@ def test_two_runs_of_a_row_with_the_same_seed_are_refused(results_folder):
     assert "| 8 | 3 |" in summary.tables(results_folder)
 
 
-def test_a_folder_without_classified_runs_is_an_error(tmp_path):
-    with pytest.raises(data.UserError, match="no classified runs"):
+@pytest.mark.parametrize("name", ["data_sha256", "feature_sha256"])
+def test_two_runs_of_a_row_with_different_data_or_features_are_refused(name, results_folder):
+    edit_json(results_folder / "variant" / "seed1" / CONFIG, **{name: "of something else"})
+    with pytest.raises(data.UserError, match=f"different {name}"):
+        summary.tables(results_folder)
+
+
+def test_a_folder_without_evaluated_runs_is_an_error(tmp_path):
+    with pytest.raises(data.UserError, match="no evaluated runs"):
         summary.tables(tmp_path)
 
 
 def test_a_difference_counts_only_if_the_ranges_do_not_overlap():
-    baseline = [1.0, 2.0, 3.0]
-    assert summary.difference([0.1, 0.9], baseline) == "lower"
-    assert summary.difference([3.1, 4.0], baseline) == "higher"
-    assert summary.difference([0.1, 1.0], baseline) == "–"
-    assert summary.difference([3.0, 9.0], baseline) == "–"
-    assert summary.difference([0.1, 9.0], baseline) == "–"
-    assert summary.difference([], baseline) == ""
+    reference = [1.0, 2.0, 3.0]
+    assert summary.difference([0.1, 0.9], reference) == "lower"
+    assert summary.difference([3.1, 4.0], reference) == "higher"
+    assert summary.difference([0.1, 1.0], reference) == "–"
+    assert summary.difference([3.0, 9.0], reference) == "–"
+    assert summary.difference([0.1, 9.0], reference) == "–"
+    assert summary.difference([], reference) == ""
+    assert summary.difference([1.0], []) == ""
 
 
 def test_random_forests_on_pixels_are_measured_for_ten_random_states(tmp_path, monkeypatch):

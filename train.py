@@ -131,11 +131,11 @@ def main():
     config = {}
     for name in OPTIONS:
         config[name] = getattr(args, name)
-    encoder = None
+    feature_model = None
     config["feature_sha256"] = None
     if args.feature_run:
         feature_run = load_run(args.feature_run)
-        encoder = feature_run.model.requires_grad_(False)
+        feature_model = feature_run.model.requires_grad_(False)
         # Resuming is refused if the folder of --feature-run holds other weights by then.
         config["feature_sha256"] = digest(feature_run.weights)
     dataset = data.read_dataset(args.data)
@@ -159,18 +159,20 @@ def main():
     optimizer = make_optimizer(model, args.lr, device)
     if run:
         load_optimizer_state(optimizer, run)
-    if encoder:
-        encoder.to(device)
+    if feature_model:
+        feature_model.to(device)
     train_images = train_images.to(device)
     test_images = test_images.to(device)
 
     def step(images):
-        return train_step(model, optimizer, images, args.beta, encoder, args.feature_weight)
+        return train_step(model, optimizer, images, args.beta, feature_model, args.feature_weight)
 
     if device == "cuda":
-        # The step is recorded once and then replayed, which is faster.
+        # The step is recorded once and then replayed, which is faster. Numbers such as args.beta
+        # are recorded, too. A weight that changes during training would have to be a tensor.
         step = CapturedStep(step, args.batch_size)
-    config["torch"] = str(torch.__version__)  # otherwise torch.load would refuse its type
+    # torch.__version__ is not a plain string, and torch.load would refuse it in state.pth.
+    config["torch"] = str(torch.__version__)
     config["device"] = describe_device(device)
     print(f"{model.name} on {config['device']}, epochs {len(log) + 1} to {args.epochs}", flush=True)
 
@@ -212,14 +214,15 @@ def main():
 def train_epoch(step, images, batch_size):
     """Train for one epoch on images [N, 1, 28, 28], and return its mean losses in nats per image.
 
-    `step` is called with one batch after another. The order of the images is random.
+    `step` trains on a batch and returns its [BCE, KLD], summed over the images. The order of the
+    images is random.
     """
     order = torch.randperm(len(images), device=images.device)
     sums = []
-    for number, batch in enumerate(order.split(batch_size)):
-        sums.append(step(images[batch]))
+    for number, indices in enumerate(order.split(batch_size)):
+        sums.append(step(images[indices]))
         if number % 50 == 49:
-            show_progress(f"{number * batch_size + len(batch):,} of {len(images):,} images")
+            show_progress(f"{number * batch_size + len(indices):,} of {len(images):,} images")
     show_progress("")
     return mean_losses("train", sums, len(images))
 
@@ -248,30 +251,32 @@ def mean_losses(split, sums, count):
     return {f"{split}_loss": bce + kld, f"{split}_bce": bce, f"{split}_kld": kld}
 
 
-def train_step(model, optimizer, images, beta, encoder, feature_weight):
+def train_step(model, optimizer, images, beta, feature_model, feature_weight):
     """Update the model on a batch [B, 1, 28, 28]. Return [BCE, KLD] in nats, summed over the batch.
 
-    BCE + beta * KLD is minimized. If an encoder is given, the feature-matching loss is added.
+    BCE + beta * KLD is minimized. If a feature_model is given, the feature-matching loss is added.
     """
     optimizer.zero_grad()
     reconstruction, mu, logvar = model(images)
     loss, bce, kld = loss_function(reconstruction, images, mu, logvar, beta, with_terms=True)
-    if encoder:
-        loss = loss + feature_weight * feature_matching_loss(encoder, reconstruction, images)
+    if feature_model:
+        loss = loss + feature_weight * feature_matching_loss(feature_model, reconstruction, images)
     loss.backward()
     optimizer.step()
     return torch.stack((bce, kld)).detach()
 
 
-def feature_matching_loss(encoder, reconstruction, images):
+def feature_matching_loss(feature_model, reconstruction, images):
     """Return the feature-matching loss of a batch: the squared distance of features.
 
-    It compares reconstructions with images, and is summed over the hidden layers of the encoder.
-    This is the perceptual loss of Hou et al. (2017), who use the VGG network instead of the encoder
-    of a trained VAE.
+    It compares reconstructions with images, and is summed over the hidden layers of the encoder of
+    a trained VAE, `feature_model`. This is the perceptual loss of Hou et al. (2017), who use the
+    VGG network instead.
     """
     distance = 0
-    for found, wanted in zip(encoder.features(reconstruction), encoder.features(images)):
+    reconstruction_features = feature_model.features(reconstruction)
+    image_features = feature_model.features(images)
+    for found, wanted in zip(reconstruction_features, image_features):
         distance = distance + F.mse_loss(found, wanted, reduction="sum")
     return distance
 
@@ -295,7 +300,8 @@ def stop_if_out_of_memory(error, batch_size):
     """Raise UserError if memory ran out."""
     if data.is_out_of_memory(error):
         raise UserError(
-            f"Not enough memory for batches of {batch_size} images. Try a smaller --batch-size."
+            f"Not enough memory for batches of {batch_size} images. Try a smaller --batch-size and "
+            "another folder with --run."
         ) from error
 
 
@@ -324,8 +330,9 @@ def learning_rate(args, log):
     """Return the learning rate of the next epoch.
 
     "cosine" falls from --lr to 0 over --epochs. "plateau" divides the learning rate by 10 after
-    more than ten epochs in a row without progress of the training loss (BCE + beta * KLD), as is
-    PyTorch's default. The scheduler is replayed from the loss log, so its state need not be saved.
+    more than ten epochs in a row without progress, as is PyTorch's default. It watches BCE +
+    beta * KLD on the training images, without the feature-matching loss, which the log does not
+    have. The scheduler is replayed from the log, so its state need not be saved.
     """
     if args.lr_scheduler == "constant":
         return args.lr
@@ -409,7 +416,7 @@ class RunWriter:
     def export(self, config, weights, log):
         """Write config.json, the weights and losses.csv.
 
-        A failure only prints a warning, because state.pth has the same content. For example, a
+        A failure only prints a warning, because state.pth has their content, too. For example, a
         spreadsheet program that shows losses.csv may keep it from being replaced.
         """
         contents = {
@@ -422,7 +429,7 @@ class RunWriter:
                 data.write_bytes(self.path / name, content)
             except UserError as error:
                 if name not in self.warned:
-                    print(f"Warning: {error}. {STATE} has the same content.", file=sys.stderr)
+                    print(f"Warning: {error}. {STATE} has its content, too.", file=sys.stderr)
                 self.warned.add(name)
 
 
@@ -584,8 +591,8 @@ def check_adam_on_cpu():
         torch.optim.Adam([parameter]).step()
     except Exception as error:
         raise UserError(
-            f"A GPU is reported but cannot be used ({data.reason(error)}), and then PyTorch's Adam "
-            "fails even on the CPU. To hide the GPU, run: CUDA_VISIBLE_DEVICES= python train.py …"
+            f"PyTorch finds a GPU that it cannot use ({data.reason(error)}), and this makes Adam "
+            "fail even on the CPU. To hide the GPU, run: CUDA_VISIBLE_DEVICES= python train.py …"
         ) from error
 
 
@@ -660,7 +667,7 @@ def use_fast_kernels():
     torch.backends.cudnn.benchmark = True
     # By default, glibc returns the memory of each step to the system and has to request it again.
     # It stops doing so for blocks up to 32 MiB once a block of nearly that size has been freed
-    # (see mallopt(3)).
+    # (see mallopt(3)). So we allocate such a block, which is freed at once.
     torch.empty(31 * 2**20, dtype=torch.uint8)
 
 

@@ -21,7 +21,7 @@ ROOT = RESULTS.parent
 sys.path.insert(0, str(ROOT))
 import data
 from classify import fit_forest
-from model import BATCH_SIZE, latent_means, load_run
+from model import EVALUATION_BATCH_SIZE, latent_means, load_run
 
 
 def main():
@@ -104,7 +104,7 @@ def measure_other_forests(train, test):
 def sampled_codes(model, images):
     """Return latent codes z [N, latent_dim], drawn from the encoder's distribution."""
     codes = []
-    for batch in images.split(BATCH_SIZE):
+    for batch in images.split(EVALUATION_BATCH_SIZE):
         mu, logvar = model.encode(batch)
         codes.append(model.reparameterize(mu, logvar))
     return torch.cat(codes)

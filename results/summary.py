@@ -66,15 +66,16 @@ COMPARED = [
     Column("Test loss", "test_loss", 1, 2),
     Column("BCE", "bce", 1, 2),
     Column("KLD", "kld", 1, 2),
-    Column("MSE", "mse", 1000, 2),
+    Column("MSE × 1000", "mse", 1000, 2),
     Column("Sharpness", "sharpness_reconstructions", 1, 3),
     Column("Active dimensions", "active_dimensions", 1, 1),
-    Column("Accuracy", "accuracy", 100, 2),
+    Column("Accuracy, %", "accuracy", 100, 2),
     Column("Fréchet", "frechet_samples", 1, 2),
 ]
 
+REFERENCE = "latent32"  # the report's network, with which the variants are compared
+
 # The report's proposals and other variants, by the folder of their runs.
-BASELINE = "latent32"
 VARIANTS = {
     "deep": "Deep ConvVAE",
     "deep-cosine": "Deep ConvVAE, cosine schedule",
@@ -141,7 +142,7 @@ class Result(NamedTuple):
     """A run, and everything that was measured of it."""
 
     run: Run | None  # None for Random Forests on pixels, which belong to no run
-    numbers: dict  # the last row of the loss log, classification.json, first_train_loss and gap
+    metrics: dict  # the last row of the loss log, classification.json, first_train_loss and gap
 
 
 def load_results(folder):
@@ -155,10 +156,10 @@ def load_results(folder):
         classification = current_classification(run)
         if classification:
             last = run.log[-1]
-            numbers = {**last, **classification}
-            numbers["gap"] = last["test_loss"] - last["train_loss"]
-            numbers["first_train_loss"] = run.log[0]["train_loss"]
-            results.append(Result(run, numbers))
+            metrics = {**last, **classification}
+            metrics["gap"] = last["test_loss"] - last["train_loss"]
+            metrics["first_train_loss"] = run.log[0]["train_loss"]
+            results.append(Result(run, metrics))
     return sorted(results, key=seed_of)
 
 
@@ -169,7 +170,7 @@ def seed_of(result):
 
 def values_of(results, key):
     """Return the values of one metric, from those results that have it."""
-    return [result.numbers[key] for result in results if key in result.numbers]
+    return [result.metrics[key] for result in results if key in result.metrics]
 
 
 # --- Tables -------------------------------------------------------------------------------
@@ -180,7 +181,7 @@ def tables(folder):
 
     The runs of a row differ only in their seeds. The baselines that classify.py --baselines has
     measured have rows of their own. Raises UserError if there is no run, or if two runs of a row
-    have the same seed.
+    have the same seed or were trained on different data.
     """
     rows = {}  # {(network and options, latent dimensions): results}
     baselines = {}
@@ -188,12 +189,14 @@ def tables(folder):
         for result in load_results(path):
             label = result.run.describe(leave_out=["latent_dim"])
             row = rows.setdefault((label, result.run.config["latent_dim"]), [])
-            check_seed_is_new(result, row)
+            check_only_seeds_differ(result, row)
             row.append(result)
+            # Baselines do not depend on the network, so those of one run stand for all.
             baselines.update(baseline_rows(result))
     if not rows:
         raise UserError(
-            f"{folder} has no classified runs in <name>/seed<n>. Run classify.py on them."
+            f"{folder} has no evaluated runs in <name>/seed<n>. "
+            "Evaluate runs with classify.py first."
         )
     content = data.read_bytes(folder / "pixels.json")
     if content:
@@ -204,9 +207,15 @@ def tables(folder):
     return "\n".join(table(all_rows, columns) for columns in (LOSSES, RECONSTRUCTIONS, SAMPLES))
 
 
-def check_seed_is_new(result, row):
-    """Raise UserError if the row has a run with the seed of this result, such as a copy of it."""
+def check_only_seeds_differ(result, row):
+    """Raise UserError if a run in the row has the same seed, such as a copy, or different data."""
     for other in row:
+        for name in ("data_sha256", "feature_sha256"):
+            if other.run.config[name] != result.run.config[name]:
+                raise UserError(
+                    f"{other.run.path} and {result.run.path} have the same options, but different "
+                    f"{name} in config.json. Move one of them out of this folder."
+                )
         if seed_of(other) == seed_of(result):
             raise UserError(
                 f"{other.run.path} and {result.run.path} have the same options and the same seed, "
@@ -216,7 +225,7 @@ def check_seed_is_new(result, row):
 
 def baseline_rows(result):
     """Return the rows of the baselines that were measured together with this result."""
-    baselines = result.numbers.get("baselines") or {}
+    baselines = result.metrics.get("baselines") or {}
     latent_dim = result.run.config["latent_dim"]
     hold_out = result.run.config["hold_out"]
     suffix = f", validation split of {hold_out}" if hold_out else ""
@@ -226,10 +235,10 @@ def baseline_rows(result):
     if "pixels" in baselines:
         rows["Pixels" + suffix, 784] = [Result(result.run, {"accuracy": baselines["pixels"]})]
     if "training_images" in baselines:
-        numbers = {}
-        for metric, value in baselines["training_images"].items():
-            numbers[f"{metric}_samples"] = value
-        rows["Training images" + suffix, 784] = [Result(result.run, numbers)]
+        metrics = {}
+        for name, value in baselines["training_images"].items():
+            metrics[f"{name}_samples"] = value
+        rows["Training images" + suffix, 784] = [Result(result.run, metrics)]
     return rows
 
 
@@ -265,11 +274,11 @@ def mean_and_sd(values, digits):
 
 
 def differences_table():
-    """Return a table in Markdown of how the variants differ from the baseline.
+    """Return a table in Markdown of how the variants differ from the report's network.
 
     A difference counts only if the ranges of the seeds do not overlap.
     """
-    baseline = load_results(RESULTS / BASELINE)
+    reference = load_results(RESULTS / REFERENCE)
     lines = [["Variant", "n"] + [column.title for column in COMPARED]]
     lines.append(["---"] * len(lines[0]))
     for name, title in VARIANTS.items():
@@ -277,53 +286,53 @@ def differences_table():
         cells = []
         for column in COMPARED:
             values = values_of(results, column.key)
-            cells.append(difference(values, values_of(baseline, column.key)))
+            cells.append(difference(values, values_of(reference, column.key)))
         lines.append([title, str(len(results))] + cells)
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def difference(values, baseline):
-    """Return "lower" or "higher" if all values lie below or above the baseline's, "–" otherwise.
+def difference(values, reference):
+    """Return "lower" or "higher" if all values lie below or above all of the reference, else "–".
 
-    Return "" if there are no values.
+    Return "" if nothing was measured of one of them.
     """
-    if not values:
+    if not values or not reference:
         return ""
-    if max(values) < min(baseline):
+    if max(values) < min(reference):
         return "lower"
-    if min(values) > max(baseline):
+    if min(values) > max(reference):
         return "higher"
     return "–"
 
 
 def page_numbers():
-    """Return the other numbers on the pages, one in a line, computed from the runs."""
+    """Return the numbers in README.md and results/README.md that no table has, one in a line."""
     lines = []
-    baseline = load_results(RESULTS / BASELINE)
+    reference = load_results(RESULTS / REFERENCE)
     for epochs, loss in [(10, "train_loss"), (10, "test_loss"), (50, "test_loss")]:
         falls = []
-        for result in baseline:
+        for result in reference:
             log = result.run.log
             falls.append(log[-1 - epochs][loss] - log[-1][loss])
         lines.append(
-            f"{BASELINE}: {loss} falls in the last {epochs} epochs by {mean_and_sd(falls, 2)}"
+            f"{REFERENCE}: {loss} falls in the last {epochs} epochs by {mean_and_sd(falls, 2)}"
         )
-    for name in (BASELINE, "latent16"):
+    for name in (REFERENCE, "latent16"):
         results = load_results(RESULTS / name)
         for label in ("Shirt", "Sandal"):
-            shares = [100 * result.numbers["recall"][label] for result in results]
+            shares = [100 * result.metrics["recall"][label] for result in results]
             lines.append(f"{name}: {mean_and_sd(shares, 1)} % of class {label} are correct")
-    first_losses = values_of(baseline, "first_train_loss")
+    first_losses = values_of(reference, "first_train_loss")
     first_losses += values_of(load_results(RESULTS / "latent16"), "first_train_loss")
     lines.append(
         f"{len(first_losses)} runs with 16 or 32 latent dimensions: the train loss of epoch 1 is "
         f"{min(first_losses):.1f} to {max(first_losses):.1f}"
     )
     for column in COMPARED:
-        values = [value * column.factor for value in values_of(baseline, column.key)]
+        values = [value * column.factor for value in values_of(reference, column.key)]
         low = f"{min(values):.{column.digits}f}"
         high = f"{max(values):.{column.digits}f}"
-        lines.append(f"{BASELINE}: {column.title} is {low} to {high} (n = {len(values)})")
+        lines.append(f"{REFERENCE}: {column.title} is {low} to {high} (n = {len(values)})")
     return "\n".join(lines)
 
 
@@ -371,8 +380,10 @@ def first_seed(name):
     """Return the metrics of seed 0 of a variant, as a dict."""
     for result in load_results(RESULTS / name):
         if seed_of(result) == 0:
-            return result.numbers
-    raise UserError(f"{RESULTS / name}/seed0 is missing or not classified.")
+            return result.metrics
+    raise UserError(
+        f"{RESULTS / name}/seed0 is missing. Train it and evaluate it with classify.py."
+    )
 
 
 def draw_hero(firsts):
@@ -396,12 +407,12 @@ def draw_samples(train_images):
     row_names = []
     for name, beta in [("latent32", "β = 1"), ("beta0.1", "β = 0.1")]:
         model = load_run(RESULTS / name / "seed0").model
-        numbers = first_seed(name)
+        metrics = first_seed(name)
         torch.manual_seed(0)
         rows.append(model.decode(torch.randn(10, 32)))
-        row_names.append(f"{beta}, N(0,\u00a0I), Fréchet {numbers['frechet_samples']:.2f}")
+        row_names.append(f"{beta}, N(0,\u00a0I), Fréchet {metrics['frechet_samples']:.2f}")
         rows.append(model.decode(sample_mixture(model, train_images, 10)))
-        row_names.append(f"{beta}, mixture, Fréchet {numbers['frechet_mixture_samples']:.2f}")
+        row_names.append(f"{beta}, mixture, Fréchet {metrics['frechet_mixture_samples']:.2f}")
     return enlarge_labels(plots.draw_grid(rows, row_names))
 
 
@@ -446,10 +457,10 @@ def draw_matrices():
 
 
 def draw_losses():
-    """Draw the losses of all seeds of the baseline from the second epoch on."""
+    """Draw the losses of all seeds of the report's network from the second epoch on."""
     figure = Figure(figsize=(8.8, 4), layout="constrained")
     axis = figure.subplots()
-    for result in load_results(RESULTS / BASELINE):
+    for result in load_results(RESULTS / REFERENCE):
         log = result.run.log[1:]
         epochs = [row["epoch"] for row in log]
         for split, color in [("train", "C0"), ("test", "C1")]:
@@ -475,9 +486,9 @@ def draw_beta():
     terms = axes["terms"]
     bce_means = []
     kld_means = []
-    for beta, row in results.items():
-        bce = values_of(row, "excess_bce")
-        kld = values_of(row, "kld")
+    for beta, seeds in results.items():
+        bce = values_of(seeds, "excess_bce")
+        kld = values_of(seeds, "kld")
         terms.plot(bce, kld, "o", color="C0", alpha=0.5)
         bce_means.append(mean(bce))
         kld_means.append(mean(kld))
@@ -490,8 +501,8 @@ def draw_beta():
         (axes["active"], "active_dimensions", 1),
     ]:
         means = []
-        for beta, row in results.items():
-            values = [factor * value for value in values_of(row, key)]
+        for beta, seeds in results.items():
+            values = [factor * value for value in values_of(seeds, key)]
             axis.semilogx([beta] * len(values), values, "o", color="C0", alpha=0.5)
             means.append(mean(values))
         axis.semilogx(list(results), means, color="C0")
@@ -506,10 +517,10 @@ def draw_beta():
 def draw_proposals():
     """Draw four metrics of each proposal of the report, a dot for each seed.
 
-    The gray band is the range of the baseline.
+    The gray band is the range of the report's network.
     """
     folders = {
-        "baseline": BASELINE,
+        "the report's network": REFERENCE,
         "deep": "deep",
         "deep, cosine": "deep-cosine",
         "200 epochs": "epochs200",
@@ -529,9 +540,10 @@ def draw_proposals():
     ]
     for axis, (title, key, factor) in zip(axes, columns):
         values = {}
-        for row, results in rows.items():
-            values[row] = [factor * value for value in values_of(results, key)]
-        axis.axvspan(min(values["baseline"]), max(values["baseline"]), color="0.87")
+        for label, results in rows.items():
+            values[label] = [factor * value for value in values_of(results, key)]
+        reference = values["the report's network"]
+        axis.axvspan(min(reference), max(reference), color="0.87")
         draw_dots(axis, values)
         axis.set_title(title, fontsize=14)
         axis.locator_params(axis="x", nbins=2)
