@@ -132,7 +132,7 @@ def measure_baselines(train, test, latent_dim, pca):
     """
     train_images, train_labels = train
     test_images, test_labels = test
-    # In float64, so that the result is the same on every machine.
+    # In float64, so that PCA gives the same result on every machine.
     train_pixels = train_images.flatten(1).double()
     test_pixels = test_images.flatten(1).double()
     forest = fit_forest(train_pixels, train_labels)
@@ -165,8 +165,10 @@ def evaluate(model, images, mixture_z, pca):
     - excess_bce: bce - bce_floor.
     - mse: mean squared error per pixel, for pixels in [0, 1].
     - sharpness_reconstructions: gradient energy of the reconstructions divided by that of images.
-    - frechet, precision and recall (see `sample_quality`), with `_samples` appended for N samples
-      from N(0, I), and with `_mixture_samples` for `mixture_z` [N, latent_dim], both decoded.
+    - frechet_samples, precision_samples, recall_samples: `sample_quality` of N decoded latent codes
+      from N(0, I).
+    - frechet_mixture_samples, precision_mixture_samples, recall_mixture_samples: the same for the
+      decoded latent codes `mixture_z` [N, latent_dim].
     """
     torch.manual_seed(0)
     reconstructions = []
@@ -248,8 +250,8 @@ def frechet_distance(points, reference):
 
     It is ||m₁ - m₂||² + tr(C₁ + C₂ - 2 (C₁ C₂)^½) for means m and covariances C.
     """
-    # With the QR decomposition of the centered points, C = RᵀR. Then tr C is the sum of the squares
-    # of R, and tr (C₁ C₂)^½ is the nuclear norm of R₁ R₂ᵀ.
+    # Let R be that of the QR decomposition of the centered points, divided by √(n-1). Then C = RᵀR,
+    # tr C is the sum of the squares of R, and tr (C₁ C₂)^½ is the nuclear norm of R₁ R₂ᵀ.
     mean = points.mean(dim=0)
     reference_mean = reference.mean(dim=0)
     r = torch.linalg.qr(points - mean).R / (len(points) - 1) ** 0.5

@@ -38,8 +38,8 @@ FILES = [
 ]
 DEFAULT_ROOT = Path("data/fashion-mnist")
 DEBIAN_PACKAGE = Path("/usr/share/datasets/fashion-mnist")
-# SHA-256 of the pixels and labels of Fashion-MNIST, in the order of FILES. It also stands for the
-# data of runs that were saved before checksums were added, so it stays, whatever data are used.
+# SHA-256 of the pixels and labels of Fashion-MNIST, in the order of FILES. Do not change it for
+# another data set: runs saved before checksums were added count as trained on Fashion-MNIST.
 FASHION_MNIST_SHA256 = "ca3ab2a37f845e1b8ae23cab1b51749a3011ba3bf1d9016176d75cbaabac376f"
 
 

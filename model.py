@@ -80,8 +80,8 @@ class ConvVAE(VAE):
 
         They are [N, 32, 14, 14], [N, 64, 7, 7] and [N, 128, 3, 3].
         """
-        # The in-place ReLU makes a training step 3 % faster. A forward hook on enc1, enc2 or enc3
-        # therefore sees the values after the ReLU.
+        # The in-place ReLU makes a training step 3 % faster, and overwrites the output of the
+        # convolution. A forward hook on enc1, enc2 or enc3 must clone that output to keep it.
         h1 = F.relu_(self.enc1(x))
         h2 = F.relu_(self.enc2(h1))
         h3 = F.relu_(self.enc3(h2))
@@ -254,7 +254,7 @@ def check_options(options):
     }
     for name, (kind, low, high) in ranges.items():
         value = options[name]
-        # An integer is good where a float is expected, but True is no number, unlike in isinstance.
+        # An integer is allowed where a float is expected. True is not, so isinstance would not do.
         is_number = type(value) is int or type(value) is kind
         if not is_number or not low <= value <= high:  # NaN is in no range
             number = "an integer" if kind is int else "a number"
@@ -277,6 +277,8 @@ def train_command(options, path):
         value = options.get(name, default)
         if value != default:
             words += [f"--{dashed(name)}", str(value)]
+    if options.get("data_sha256", data.FASHION_MNIST_SHA256) != data.FASHION_MNIST_SHA256:
+        words += ["--data", "FOLDER"]  # a run does not know the folder of its data
     return data.shell_command(words)
 
 
@@ -391,7 +393,7 @@ def read_checkpoint(path):
 
 
 def read_weights(path):
-    """Return the state_dict in a file of torch.save, or None if there is no such file.
+    """Return the state_dict in a file that torch.save wrote, or None if there is no such file.
 
     Raises UserError if the file is damaged or holds something else.
     """
@@ -409,7 +411,7 @@ def read_weights(path):
 
 
 def load_tensors(content):
-    """Return the object in the bytes of a file of torch.save. Code in it is not run."""
+    """Return what torch.save wrote, from the bytes of the file. Code in it is not run."""
     file = io.BytesIO(content)
     is_pickle = content.startswith(b"\x80")  # which old versions of torch.save wrote
     if zipfile.is_zipfile(file):
@@ -424,7 +426,7 @@ def load_tensors(content):
 
 
 def check_state_dict(weights):
-    """Return `weights` if they are a state_dict, a dict of tensors. Raises TypeError otherwise."""
+    """Return a state_dict as a plain dict of tensors. Raises TypeError if it is something else."""
     if not isinstance(weights, dict):
         raise TypeError(f"its content is of type {type(weights).__name__}, not a dict of tensors")
     for name, tensor in weights.items():
@@ -479,7 +481,11 @@ def read_log(path):
 
 
 def check_log(rows):
-    """Return a loss log as numbers. Raises ValueError if one is missing or is not finite."""
+    """Return a loss log as numbers.
+
+    Raises KeyError or TypeError if a number is missing, and ValueError if one is not finite or the
+    epochs are out of order.
+    """
     log = []
     for number, row in enumerate(rows, start=1):
         values = {column: float(row[column]) for column in LOG_COLUMNS}
@@ -510,8 +516,9 @@ def read_classification(path):
         classes = len(data.CLASSES)
         is_matrix = matrix.shape == (classes, classes) and matrix.dtype == torch.int64
         numbers = torch.tensor([result["epoch"], result["accuracy"]])
-        is_hash = isinstance(result.get("sha256"), str | None)
-        if is_matrix and numbers.isfinite().all() and is_hash:
+        # Files that were written before hashes were added have none.
+        hash_is_valid = isinstance(result.get("sha256"), str | None)
+        if is_matrix and numbers.isfinite().all() and hash_is_valid:
             return result
     return None
 
@@ -602,7 +609,8 @@ def load_run_data(run, root):
 
 # --- Latent means and samples -------------------------------------------------------------
 
-EVALUATION_BATCH_SIZE = 128  # for latent means and all metrics
+# For latent means and the metrics of classify.py. The test loss in train.py has its own.
+EVALUATION_BATCH_SIZE = 128
 
 
 @torch.no_grad()
@@ -641,11 +649,11 @@ def active_dimensions(mu):
 def sample_mixture(model, images, n):
     """Draw n latent codes [n, latent_dim] from a mixture of Gaussians fitted to mu of images.
 
-    This estimates where the latent codes of images lie (Ghosh et al., 2020). The mixture has 50
-    Gaussians with full covariances, fitted to the first 10,000 images, as chosen in
-    results/mixture.txt. It has fewer Gaussians if there are fewer than six different latent means
-    per Gaussian and dimension. With more than 128 latent dimensions, the covariances are diagonal,
-    and six different latent means per Gaussian are enough.
+    This estimates where the latent codes of images lie (Ghosh et al., 2020). The mixture has at
+    most 50 Gaussians with full covariances, fitted to the first 10,000 images, as chosen in
+    results/mixture.txt. Each Gaussian needs 6 * latent_dim different latent means, so there are
+    fewer Gaussians with more than 33 latent dimensions or with few images. With more than 128
+    latent dimensions, the covariances are diagonal, and 6 latent means per Gaussian are enough.
 
     The codes are in the order of the Gaussians, so the first ones alone are not a fair sample.
     """
@@ -687,7 +695,7 @@ class TransposedConv2d(nn.ConvTranspose2d):
     def forward(self, x):
         """Return [N, out_channels, H', W'] for x [N, in_channels, H, W]."""
         if torch.jit.is_scripting():
-            exporting = False  # TorchScript cannot compile the question below
+            exporting = False  # TorchScript cannot compile the call below
         else:
             exporting = torch.onnx.is_in_onnx_export()  # ONNX does not know PyTorch's own kernel
         if self.out_channels == 1 and x.device.type == "cpu" and not exporting:

@@ -1130,6 +1130,13 @@ def test_commands_are_quoted_for_posix_shells(monkeypatch):
     assert data.shell_command(["echo", "it's"]) == "echo 'it'\"'\"'s'"
 
 
+def test_command_that_trains_on_other_data_asks_for_their_folder():
+    config = {**networks.OPTIONS, "data_sha256": data.FASHION_MNIST_SHA256}
+    assert networks.train_command(config, "new") == "python train.py --run new"
+    config["data_sha256"] = "of something else"
+    assert networks.train_command(config, "new") == "python train.py --run new --data FOLDER"
+
+
 def test_commands_are_quoted_for_windows(monkeypatch):
     monkeypatch.setattr(data.sys, "platform", "win32")
     command = networks.train_command({"beta": 2.0}, "my runs\\1")

@@ -359,6 +359,7 @@ class RunWriter:
 
     def __init__(self, path):
         self.path = path
+        # The hash of state.pth as this process last read or wrote it, None if there was none.
         self.last_sha256 = self.state_sha256()
         self.warned = set()  # names of exported files for which a warning was printed
 
@@ -370,8 +371,8 @@ class RunWriter:
     def resume(self, config):
         """Prepare the folder, and return the run to be resumed, or None for a new run.
 
-        Raises UserError if the run has other options or was trained on other data, if the folder
-        has files of a run but no state.pth, or if nothing can be written to the folder.
+        Raises UserError if the run has other options or was trained on other data, or if the folder
+        has files of a run but no state.pth. Raises OSError if nothing can be written to the folder.
         """
         run = None
         if self.last_sha256:
@@ -538,7 +539,8 @@ def check_device(device, model, images):
     """
     expected = loss_and_gradients(model, images, "cpu")
     if not agree(loss_and_gradients(model, images, "cpu"), expected, tolerance=0.001):
-        loss_and_gradients(model, images, device)  # a device may still fail to compute anything
+        # This raises an error if the device cannot compute them at all.
+        loss_and_gradients(model, images, device)
         print(
             f"Warning: the network has random layers, so we cannot check whether {device} computes "
             f"the same as the CPU. {device} is used without this check.",
@@ -560,8 +562,8 @@ def agree(values, expected, tolerance):
 def loss_and_gradients(model, images, device):
     """Return, on the CPU, the loss of images with z = mu, and its gradient for each layer.
 
-    The gradients of a layer's parameters are joined, because that of a bias before BatchNorm is
-    zero up to rounding and could not be compared alone.
+    The gradients of a layer's parameters are joined, because the gradient of a bias before
+    BatchNorm is only a rounding error and could not be compared alone.
     """
     model = copy.deepcopy(model).to(device, memory_format=memory_format(device)).train()
     images = images.to(device)

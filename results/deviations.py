@@ -52,6 +52,7 @@ def measure_short_trainings(root, train, test):
     test_images, test_labels = test
     accuracies = {}
     with tempfile.TemporaryDirectory() as folder:
+        # Each command resumes the run of the one before, so there are 20 epochs in total.
         for epochs in (1, 2, 3, 5, 10, 20):
             command = [sys.executable, str(ROOT / "train.py"), "--run", folder]
             command += ["--data", str(root), "--latent-dim", "16", "--seed", "20"]

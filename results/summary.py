@@ -114,7 +114,7 @@ def main():
         type=data.folder,
         metavar="DIR",
         default=data.DEFAULT_ROOT,
-        help="folder with the four files of Fashion-MNIST",
+        help="folder with the four files of Fashion-MNIST (default: %(default)s)",
     )
     parser.add_argument(
         "--pixels",
@@ -181,7 +181,7 @@ def tables(folder):
 
     The runs of a row differ only in their seeds. The baselines that classify.py --baselines has
     measured have rows of their own. Raises UserError if there is no run, or if two runs of a row
-    have the same seed or were trained on different data.
+    have the same seed, different data or different networks for feature matching.
     """
     rows = {}  # {(network and options, latent dimensions): results}
     baselines = {}
@@ -208,7 +208,11 @@ def tables(folder):
 
 
 def check_only_seeds_differ(result, row):
-    """Raise UserError if a run in the row has the same seed, such as a copy, or different data."""
+    """Raise UserError if two runs of a row differ in more than the seed, or not even in the seed.
+
+    Compared are the checksums of the data and of the network for feature matching. Two runs with
+    the same seed are copies of each other.
+    """
     for other in row:
         for name in ("data_sha256", "feature_sha256"):
             if other.run.config[name] != result.run.config[name]:
@@ -342,8 +346,8 @@ def measure_pixels(root):
     The accuracies on the test set are written to pixels.json.
     """
     (train_images, train_labels), (test_images, test_labels) = data.load_splits(root)
-    train_pixels = train_images.flatten(1).double()
-    test_pixels = test_images.flatten(1).double()
+    train_pixels = train_images.flatten(1)
+    test_pixels = test_images.flatten(1)
     accuracies = {}
     for random_state in range(10):
         forest = fit_forest(train_pixels, train_labels, random_state)
@@ -376,7 +380,7 @@ def draw_figures(root):
         data.write_bytes(RESULTS / name, plots.png_bytes(figure))
 
 
-def first_seed(name):
+def metrics_of_seed_0(name):
     """Return the metrics of seed 0 of a variant, as a dict."""
     for result in load_results(RESULTS / name):
         if seed_of(result) == 0:
@@ -396,7 +400,7 @@ def draw_hero(firsts):
         torch.manual_seed(0)
         reconstructions, _, _ = model(firsts)
         rows.append(reconstructions)
-        row_names.append(f"{title} ({1000 * first_seed(name)['mse']:.1f})")
+        row_names.append(f"{title} ({1000 * metrics_of_seed_0(name)['mse']:.1f})")
     classes = [name.replace("/", "/\n").replace(" ", "\n") for name in data.CLASSES]
     return enlarge_labels(plots.draw_grid(rows, row_names, classes))
 
@@ -407,7 +411,7 @@ def draw_samples(train_images):
     row_names = []
     for name, beta in [("latent32", "β = 1"), ("beta0.1", "β = 0.1")]:
         model = load_run(RESULTS / name / "seed0").model
-        metrics = first_seed(name)
+        metrics = metrics_of_seed_0(name)
         torch.manual_seed(0)
         rows.append(model.decode(torch.randn(10, 32)))
         row_names.append(f"{beta}, N(0,\u00a0I), Fréchet {metrics['frechet_samples']:.2f}")
@@ -429,7 +433,9 @@ def draw_matrices():
     report_matrix = json.loads((RESULTS / "report_matrix.json").read_bytes())
     matrices = {
         "The report": torch.tensor(report_matrix),
-        "Ours, 16 latent dimensions": torch.tensor(first_seed("latent16")["confusion_matrix"]),
+        "Ours, 16 latent dimensions": torch.tensor(
+            metrics_of_seed_0("latent16")["confusion_matrix"]
+        ),
     }
     figure = Figure(figsize=(8.8, 5), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
@@ -555,11 +561,12 @@ def draw_proposals():
 def draw_accuracy():
     """Draw the test accuracy of the Random Forest on several features.
 
-    Each dot is a training or, for pixels, a random state of the Random Forest.
+    Each dot is a training run. For PCA, it is a single Random Forest; for pixels, it is a random
+    state of the Random Forest.
     """
     rows = {}
     for latent_dim in (16, 32):
-        accuracy = first_seed(f"latent{latent_dim}")["baselines"]["pca"]
+        accuracy = metrics_of_seed_0(f"latent{latent_dim}")["baselines"]["pca"]
         rows[f"PCA, {latent_dim}"] = [accuracy]
     folders = {
         "fully connected, 32": "fc-latent32",
