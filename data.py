@@ -268,14 +268,13 @@ def is_out_of_memory(error):
     """Return whether memory ran out, on the CPU or on a GPU."""
     if isinstance(error, MemoryError):
         return True
-    # PyTorch raises RuntimeError with one of these texts: on Linux, on a GPU, on Windows, from
-    # cuBLAS and cuDNN, and from oneDNN.
+    # PyTorch raises RuntimeError with one of these texts.
     texts = [
-        "allocate memory",
-        "out of memory",
-        "not enough memory",
-        "alloc_failed",
-        "could not create a primitive",
+        "allocate memory",  # on Linux
+        "out of memory",  # on a GPU
+        "not enough memory",  # on Windows
+        "alloc_failed",  # from cuBLAS and cuDNN
+        "could not create a primitive",  # from oneDNN
     ]
     return any(text in str(error).lower() for text in texts)
 

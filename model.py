@@ -452,7 +452,8 @@ def complete_config(config):
 
     Raises ValueError if an option has an impossible value, or if "epochs" is missing.
     """
-    # Every run was saved with its number of epochs, so the default must not replace a missing one.
+    # Every run was saved with its number of epochs. If it is missing, the file is damaged, and the
+    # default must not hide this.
     if "epochs" not in config:
         raise ValueError("epochs is missing")
     # Runs saved before checksums were added were trained on Fashion-MNIST.

@@ -169,7 +169,8 @@ def main():
 
     if device == "cuda":
         # The step is recorded once and then replayed, which is faster. Numbers such as args.beta
-        # are recorded, too. A weight that changes during training would have to be a tensor.
+        # are recorded, too. If beta changed during training, it would have to be a tensor, as the
+        # learning rate is.
         step = CapturedStep(step, args.batch_size)
     # torch.__version__ is not a plain string, and torch.load would refuse it in state.pth.
     config["torch"] = str(torch.__version__)
@@ -618,8 +619,8 @@ class CapturedStep:
     """A training step that is recorded once as a CUDA graph and then replayed.
 
     Otherwise a GPU waits for the CPU to launch each of its small kernels. The first three batches
-    are not captured, because cuDNN then chooses its algorithms and Adam creates its state. Batches
-    of another size, such as the last one of an epoch, are never captured.
+    are not captured, because during them cuDNN chooses its algorithms and Adam creates its state.
+    Batches of another size, such as the last one of an epoch, are never captured.
 
     A replay repeats the recorded kernels only. Python code in the step does not run again, and a
     Python number keeps its value. This is why the learning rate is a tensor (see `make_optimizer`).

@@ -141,8 +141,10 @@ def main():
 class Result(NamedTuple):
     """A run, and everything that was measured of it."""
 
-    run: Run | None  # None for Random Forests on pixels, which belong to no run
-    metrics: dict  # the last row of the loss log, classification.json, first_train_loss and gap
+    run: Run | None  # None for the accuracies in pixels.json, which belong to no run
+    # For a run: the last row of the loss log, classification.json, first_train_loss and gap. For a
+    # baseline: only what was measured of it.
+    metrics: dict
 
 
 def load_results(folder):
@@ -208,10 +210,10 @@ def tables(folder):
 
 
 def check_only_seeds_differ(result, row):
-    """Raise UserError if two runs of a row differ in more than the seed, or not even in the seed.
+    """Raise UserError if a result cannot be in the same row as the results in `row`.
 
-    Compared are the checksums of the data and of the network for feature matching. Two runs with
-    the same seed are copies of each other.
+    All of them have the same options, apart from the seed. Their data and their network for feature
+    matching must be the same, too, by checksum. Two runs with the same seed would be copies.
     """
     for other in row:
         for name in ("data_sha256", "feature_sha256"):
@@ -310,7 +312,7 @@ def difference(values, reference):
 
 
 def page_numbers():
-    """Return the numbers in README.md and results/README.md that no table has, one in a line."""
+    """Return the measurements in README.md and results/README.md that are in no table."""
     lines = []
     reference = load_results(RESULTS / REFERENCE)
     for epochs, loss in [(10, "train_loss"), (10, "test_loss"), (50, "test_loss")]:
