@@ -1514,6 +1514,10 @@ OUT_OF_MEMORY = {
     "Python": MemoryError(),
     "CUDA": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
     "oneDNN": RuntimeError("could not create a primitive"),
+    "cuBLAS": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"),
+    "Windows": RuntimeError(
+        "DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."
+    ),
 }
 
 
