@@ -2,7 +2,6 @@
 
 import sys
 
-import sklearn
 import torch
 import torch.nn.functional as F
 from sklearn.decomposition import PCA
@@ -11,17 +10,16 @@ from sklearn.metrics import confusion_matrix
 from sklearn.neighbors import NearestNeighbors
 
 import data
-from data import UserError
 from model import (
+    BASELINES,
     CLASSIFICATION,
     EVALUATION_BATCH_SIZE,
     active_dimensions,
-    digest,
     kl_divergence,
     latent_means,
-    load_run,
+    load_network,
     load_run_data,
-    read_classification,
+    read_run,
     reconstruction_bce,
     sample_mixture,
 )
@@ -32,48 +30,35 @@ classification.json in the folder of the run.
 """
 
 
-# A notebook may have told scikit-learn to return data frames instead of arrays.
-@sklearn.config_context(transform_output="default")
 def main():
     parser, _ = data.command_line(DESCRIPTION)
     parser.add_argument(
         "--baselines",
         action="store_true",
-        help="also fit the Random Forest on raw pixels and on principal components, and measure "
-        "training images as if they were samples",
+        help="also fit the Random Forest on raw pixels and on principal components, measure "
+        "training images as if they were samples, and write this to baselines.json",
     )
     args = parser.parse_args()
-    run = load_run(args.run)
+    run = read_run(args.run)
     print(run)
+    model = load_network(run)
     train, test = load_run_data(run, args.data)
     train_images, train_labels = train
     test_images, test_labels = test
-    latent_dim = run.config["latent_dim"]
-    max_components = min(len(train_images), 28 * 28)
-    if args.baselines and latent_dim > max_components:
-        raise UserError(
-            f"--baselines needs {latent_dim} principal components, as many as there are latent "
-            f"dimensions, but the training images have only {max_components}."
-        )
-    if gradient_energy(test_images) == 0:
-        raise UserError(
-            "The test images are blank. They have no edges, so sharpness cannot be measured."
-        )
 
     # The Random Forest on latent means.
-    train_mu = latent_means(run.model, train_images)
-    test_mu = latent_means(run.model, test_images)
+    train_mu = latent_means(model, train_images)
+    test_mu = latent_means(model, test_images)
     predicted = fit_forest(train_mu, train_labels).predict(test_mu)
     matrix = confusion_matrix(test_labels, predicted, labels=range(len(data.CLASSES)))
     accuracy = matrix.trace() / matrix.sum()
-    # A class may have no test images. Its recall is then 0.
-    recall = matrix.diagonal() / matrix.sum(axis=1).clip(min=1)
+    recall = recall_by_class(matrix)
     print_classification(matrix, accuracy, recall)
 
     # Reconstructions and samples.
-    pca = fit_pca(train_images, min(50, max_components))
-    mixture_z = sample_mixture(run.model, train_images, len(test_images))
-    metrics = evaluate(run.model, test_images, mixture_z, pca)
+    pca = fit_pca(train_images, 50)
+    mixture_z = sample_mixture(model, train_images, len(test_images))
+    metrics = evaluate(model, test_images, mixture_z, pca)
     # This minimum is lower than that of the test images (bce_floor), which explains part of the gap
     # between the test and the training loss.
     metrics["train_bce_floor"] = minimum_bce(train_images)
@@ -87,24 +72,18 @@ def main():
             file=sys.stderr,
         )
 
-    # Baselines do not depend on the weights, so those measured before are kept. If fit_forest or
-    # sample_quality is changed, they have to be measured again with --baselines.
-    path = run.path / CLASSIFICATION
-    baselines = (read_classification(path) or {}).get("baselines")
-    if args.baselines:
-        baselines = measure_baselines(train, test, latent_dim, pca)
-
     # accuracy, recall and confusion_matrix are those of the Random Forest on latent means.
-    result = {
+    classification = {
         "epoch": len(run.log),
-        "sha256": digest(run.weights),
         "accuracy": accuracy,
-        "recall": dict(zip(data.CLASSES, recall)),
+        "recall": recall,
         "confusion_matrix": matrix.tolist(),
-        "baselines": baselines,
         **metrics,
     }
-    data.write_bytes(path, data.json_bytes(result))
+    data.write_bytes(run.path / CLASSIFICATION, data.json_bytes(classification))
+    if args.baselines:
+        baselines = measure_baselines(train, test, run.config["latent_dim"], pca)
+        data.write_bytes(run.path / BASELINES, data.json_bytes(baselines))
 
 
 # --- Classification -----------------------------------------------------------------------
@@ -116,11 +95,27 @@ def fit_forest(features, labels, random_state=42):
     return forest.fit(features, labels)
 
 
+def recall_by_class(matrix):
+    """Return the share of the images of each class that are classified correctly.
+
+    `matrix` is the confusion matrix, [10, 10]. The result is {class: share}. For a class without
+    images, the share is None.
+    """
+    recall = {}
+    for label, name in enumerate(data.CLASSES):
+        count = matrix[label].sum()
+        recall[name] = matrix[label, label] / count if count > 0 else None
+    return recall
+
+
 def print_classification(matrix, accuracy, recall):
     """Print a confusion matrix [10, 10], the share correct of each class, and the accuracy."""
     print("Confusion matrix (rows: true class, columns: predicted class, in the same order)")
-    for name, counts, share in zip(data.CLASSES, matrix, recall):
-        print(f"{name:11}", *(f"{count:4}" for count in counts), f"{share * 100:6.1f}% correct")
+    for counts, (name, share) in zip(matrix, recall.items()):
+        line = f"{name:11} " + " ".join(f"{count:4}" for count in counts)
+        if share is not None:
+            line += f" {share * 100:6.1f}% correct"
+        print(line)
     print(f"Classification accuracy: {accuracy * 100:.2f}%")
 
 

@@ -1,15 +1,11 @@
-"""The networks and their loss, trained runs of them, and latent means."""
+"""The networks and their loss, reading a trained run, latent means and samples."""
 
-import contextlib
 import copy
 import csv
-import hashlib
 import io
 import json
-import math
-import pickle
+import os
 import sys
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,9 +26,7 @@ class VAE(nn.Module):
     codes z are [N, latent_dim].
 
     A subclass takes `latent_dim`. It defines the layers `fc_mu` and `fc_log`, and the methods
-    `features` (the outputs of the hidden layers of the encoder) and `decode`. It needs a `name` of
-    its own, because runs of networks with the same name are put into one row of a table. All of its
-    parameters must be trained, otherwise a run cannot be resumed.
+    `features` (the outputs of the hidden layers of the encoder) and `decode`.
     """
 
     def encode(self, x):
@@ -57,8 +51,6 @@ class ConvVAE(VAE):
     The layers have the names of the report, so a state_dict of the report's class can be loaded
     into this one, and the other way around.
     """
-
-    name = "ConvVAE"
 
     def __init__(self, latent_dim=32):
         super().__init__()
@@ -102,8 +94,6 @@ class FullyConnectedVAE(VAE):
     fully connected VAE", which it does not describe.
     """
 
-    name = "Fully connected VAE"
-
     def __init__(self, latent_dim=32):
         super().__init__()
         self.fc_enc = nn.Linear(28 * 28, 400)
@@ -127,8 +117,6 @@ class DeepConvVAE(VAE):
 
     It has 1,144,193 parameters with 32 latent dimensions.
     """
-
-    name = "Deep ConvVAE"
 
     def __init__(self, latent_dim=32):
         super().__init__()
@@ -168,29 +156,27 @@ class DeepConvVAE(VAE):
         return torch.sigmoid(self.dec(h))
 
 
-# The networks by the value of train.py's option --model.
+# The networks by the name that they have in train.py's option --model.
 MODELS = {"conv": ConvVAE, "fc": FullyConnectedVAE, "deep": DeepConvVAE}
 
 
 # --- Loss ---------------------------------------------------------------------------------
 
 
-def loss_function(recon_x, x, mu, logvar, beta=1.0, with_terms=False):
-    """Return the loss of a batch, BCE + beta * KLD, in nats summed over the batch.
+def loss_function(recon_x, x, mu, logvar, beta=1.0):
+    """Return the loss of a batch, BCE + beta * KLD, and its terms BCE and KLD.
 
-    With beta = 1, this is the loss of the report; other values give a beta-VAE (Higgins et al.,
-    2017). With `with_terms`, return (loss, BCE, KLD), because training logs both terms. The
-    feature-matching loss is not part of it; train_step in train.py adds it.
+    All three are in nats, summed over the batch. x and recon_x are [N, 1, 28, 28] in [0, 1], mu and
+    logvar [N, latent_dim]. With beta = 1, this is the loss of the report; other values give a
+    beta-VAE (Higgins et al., 2017). The feature-matching loss is not part of it; train_step in
+    train.py adds it.
 
-    A further term that is added here is minimized, but it is neither logged nor seen by the plateau
-    schedule and classify.py, which use BCE and KLD alone.
+    A further term that is added to the loss here is minimized, but it is neither logged nor seen by
+    the plateau schedule and classify.py, which use BCE and KLD alone.
     """
     bce = reconstruction_bce(recon_x, x)
     kld = kl_divergence(mu, logvar)
-    loss = bce + beta * kld
-    if with_terms:
-        return loss, bce, kld
-    return loss
+    return bce + beta * kld, bce, kld
 
 
 def reconstruction_bce(recon_x, x):
@@ -213,99 +199,15 @@ def kl_divergence(mu, logvar):
     return -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp())
 
 
-# --- A trained run: its options -----------------------------------------------------------
+# --- A trained run ------------------------------------------------------------------------
 
-# The options of train.py that decide what is trained, with their defaults. These are the values of
-# the report. What the report only proposes is off by default. A new option also needs its range in
-# check_options, a label in Run.describe (otherwise its runs are put into one row of a table with
-# others), and an argument in train.py. It must take a value: train_command cannot write an option
-# such as --warmup, which stands alone.
-OPTIONS = {
-    "model": "conv",
-    "latent_dim": 32,
-    "batch_size": 128,
-    "lr": 5e-4,
-    "seed": 0,
-    "beta": 1.0,
-    "lr_scheduler": "constant",
-    "hold_out": 0,
-    "feature_weight": 0.0,
-    "feature_run": "",
-    "epochs": 100,
-}
-LR_SCHEDULERS = ["constant", "plateau", "cosine"]
-
-
-def check_options(options):
-    """Raise ValueError, naming the option, if an option of a run has an impossible value."""
-    choices = {"model": list(MODELS), "lr_scheduler": LR_SCHEDULERS}
-    for name, allowed in choices.items():
-        if options[name] not in allowed:
-            raise ValueError(f"--{dashed(name)} must be one of {allowed}, not {options[name]!r}")
-    ranges = {
-        "latent_dim": (int, 1, 4096),
-        "batch_size": (int, 1, 2**31 - 1),
-        "lr": (float, 1e-12, 1e3),
-        "seed": (int, 0, 2**31 - 1),
-        "beta": (float, 0, 1e6),
-        "hold_out": (int, 0, 2**31 - 1),
-        "feature_weight": (float, 0, 1e6),
-        "epochs": (int, 1, 2**31 - 1),
-    }
-    for name, (kind, low, high) in ranges.items():
-        value = options[name]
-        # An integer is allowed where a float is expected. True is not, so isinstance would not do.
-        is_number = type(value) is int or type(value) is kind
-        if not is_number or not low <= value <= high:  # NaN is in no range
-            number = "an integer" if kind is int else "a number"
-            raise ValueError(
-                f"--{dashed(name)} must be {number} between {low} and {high}, not {value!r}"
-            )
-    if bool(options["feature_weight"]) != bool(options["feature_run"]):
-        raise ValueError("--feature-weight and --feature-run must be given together")
-
-
-def dashed(name):
-    """Return an option's name as it is typed: latent-dim for latent_dim."""
-    return name.replace("_", "-")
-
-
-def train_command(options, path):
-    """Return the command that trains a run with these options in the folder `path`."""
-    words = ["python", "train.py", "--run", str(path)]
-    for name, default in OPTIONS.items():
-        value = options.get(name, default)
-        if value != default:
-            words += [f"--{dashed(name)}", str(value)]
-    if options.get("data_sha256", data.FASHION_MNIST_SHA256) != data.FASHION_MNIST_SHA256:
-        words += ["--data", "FOLDER"]  # a run does not know the folder of its data
-    return data.shell_command(words)
-
-
-# --- A trained run: its files -------------------------------------------------------------
-
-STATE = "state.pth"  # the checkpoint. The next three files are exported from it.
+# The files of a run. train.py writes the first four, and reads the first one to resume.
+STATE = "state.pth"
 CONFIG = "config.json"
-WEIGHTS = "convvae_fashionmnist.pth"
 LOG = "losses.csv"
+WEIGHTS = "convvae_fashionmnist.pth"
 CLASSIFICATION = "classification.json"  # written by classify.py
-RUN_FILES = [STATE, CONFIG, WEIGHTS, LOG, CLASSIFICATION]
-
-# All losses are in nats per image. A loss is always bce + kld, without the weight --beta and
-# without the feature-matching loss, so that all runs can be compared. Runs that were saved before a
-# column was added do not have it, so a new column needs a default in check_log.
-LOG_COLUMNS = [
-    "epoch",
-    "train_loss",
-    "train_bce",
-    "train_kld",
-    "test_loss",
-    "test_bce",
-    "test_kld",
-    "lr",
-    "seconds",
-]
-RESTORE = "Restore it, or train in another folder with --run."
+BASELINES = "baselines.json"  # written by classify.py --baselines
 
 
 @dataclass
@@ -313,299 +215,120 @@ class Run:
     """A run, as train.py has saved it in a folder."""
 
     path: Path
-    config: dict  # the OPTIONS, checksums of data and feature run, version of torch, device
-    log: list  # a dict of LOG_COLUMNS for each finished epoch
-    weights: dict | None  # a state_dict; None for a run published without weights
-    optimizer_state: dict | None  # Adam's state; None without state.pth
-    model: VAE | None = None  # the trained network, if the run comes from load_run
+    config: dict  # the options of train.py, the checksum of the data, version of torch, device
+    log: list  # a dict for each finished epoch, with the columns of losses.csv
 
     def __str__(self):
+        model = MODELS[self.config["model"]].__name__
+        latent_dim = self.config["latent_dim"]
         epochs = f"epoch {len(self.log)} of {self.config['epochs']}"
-        return f"{self.path}: {self.describe(leave_out=['epochs'])}, {epochs}"
-
-    def describe(self, leave_out=()):
-        """Return the name of the network, and the options that differ from the report's.
-
-        The seed and the run for feature matching are left out.
-        """
-        labels = {
-            "latent_dim": "{} latent dimensions",
-            "batch_size": "batch size {}",
-            "lr": "learning rate {:g}",
-            "beta": "β = {:g}",
-            "lr_scheduler": "{} schedule",
-            "hold_out": "validation split of {}",
-            "feature_weight": "feature weight {:g}",
-            "epochs": "{} epochs",
-        }
-        parts = [MODELS[self.config["model"]].name]
-        for name, label in labels.items():
-            value = self.config[name]
-            if name == "epochs" and len(self.log) < value:
-                # This differs from every default, so an unfinished run is always labeled.
-                value = f"{len(self.log)} of {value}"
-            if name not in leave_out and value != OPTIONS[name]:
-                parts.append(label.format(value))
-        return ", ".join(parts)
+        return f"{self.path}: {model}, {latent_dim} latent dimensions, {epochs}"
 
 
 def read_run(path):
-    """Read the files of a run: state.pth if it exists, otherwise the exported files.
+    """Return the Run in a folder. Raises UserError if there is none, or if a file is damaged."""
+    path = Path(os.path.expanduser(path))
+    if not (path / CONFIG).exists():
+        raise UserError(f"There is no run in {path}. To train one: python train.py --run {path}")
+    return Run(path, read(path / CONFIG, parse_config), read(path / LOG, parse_log))
 
-    Raises UserError if there is no run, or if a file is damaged.
+
+def load_network(run):
+    """Return the trained network of a Run, on the CPU and in evaluation mode.
+
+    Raises UserError if the run has no weights, or if they do not fit the network.
     """
-    path = Path(path).expanduser()
-    run = read_checkpoint(path)
-    if run:
-        return run
-    config = read_config(path / CONFIG)
-    log = read_log(path / LOG)
-    weights = read_weights(path / WEIGHTS)
-    if config is None or log is None:
-        # A folder with files of a run must not be suggested for a new one.
-        has_files = any((path / name).exists() for name in RUN_FILES)
-        command = train_command({}, "runs/new" if has_files else path)
+
+    def parse_weights(content):
+        model = MODELS[run.config["model"]](run.config["latent_dim"])
+        model.load_state_dict(load_tensors(content))
+        return model.eval()
+
+    path = run.path / WEIGHTS
+    if not path.exists():
         raise UserError(
-            f"There is no run in {path} ({CONFIG} or {LOG} is missing). To train one: {command}"
+            f"There are no weights in {run.path}. To train the network again, give train.py the "
+            f"options in {run.path / CONFIG}, and another folder."
         )
-    return Run(path, config, log, weights, optimizer_state=None)
+    return read(path, parse_weights)
 
 
-def read_checkpoint(path):
-    """Return the Run in `path`/state.pth, or None if there is no such file.
+def load_run_data(run, root):
+    """Return the training and the test split of a Run, as `data.load_splits` does.
 
-    Raises UserError if the file is damaged.
+    Raises UserError if the data in `root` are not those on which the run was trained.
     """
-    content = data.read_bytes(path / STATE)
-    if content is None:
-        return None
-    with data.report_damage(path / STATE, RESTORE):
-        state = load_tensors(content)
-        if not isinstance(state, dict):
-            raise TypeError("it is not a checkpoint")
-        return Run(
-            path=path,
-            config=complete_config(state["config"]),
-            log=check_log(state["log"]),
-            weights=check_state_dict(state["model"]),
-            optimizer_state=state.get("optimizer"),
+    splits, sha256 = data.load_splits(root, run.config["hold_out"])
+    if sha256 != run.config["data_sha256"]:
+        raise UserError(
+            f"{run.path} was not trained on the data in {root}. Give the folder of its data with "
+            "--data."
         )
+    return splits
 
 
-def read_weights(path):
-    """Return the state_dict in a file that torch.save wrote, or None if there is no such file.
+def current_classification(run):
+    """Return the content of classification.json if it was measured after the last epoch of `run`.
 
-    Raises UserError if the file is damaged or holds something else.
+    Otherwise return None and print a warning. Raises UserError if the file is damaged.
     """
-    content = data.read_bytes(path)
-    if content is None:
-        return None
-    with data.report_damage(path, RESTORE):
-        try:
-            return check_state_dict(load_tensors(content))
-        except (pickle.UnpicklingError, TypeError) as error:
-            raise UserError(
-                f"{path} is not a plain state_dict ({data.reason(error)}). "
-                "Save the weights with torch.save(model.state_dict(), path)."
-            ) from error
+    path = run.path / CLASSIFICATION
+    if not path.exists():
+        problem = "is missing"
+    else:
+        classification = read(path, parse_classification)
+        if classification["epoch"] == len(run.log):
+            return classification
+        problem = f"is from epoch {classification['epoch']}, but the run has {len(run.log)} epochs"
+    print(
+        f"Warning: {path} {problem}. To write it: python classify.py --run {run.path}",
+        file=sys.stderr,
+    )
+    return None
+
+
+def read(path, parse):
+    """Return `parse(content)` for the bytes of a file.
+
+    If this fails, raise UserError with the name of the file. A UserError of `parse` stays as it is.
+    """
+    content = path.read_bytes()
+    try:
+        return parse(content)
+    except UserError:
+        raise
+    except Exception as error:  # damaged bytes can cause almost any error
+        raise UserError(f"{path} cannot be used ({data.reason(error)}).") from error
 
 
 def load_tensors(content):
     """Return what torch.save wrote, from the bytes of the file. Code in it is not run."""
-    file = io.BytesIO(content)
-    is_pickle = content.startswith(b"\x80")  # which old versions of torch.save wrote
-    if zipfile.is_zipfile(file):
-        # torch.load does not check the checksums.
-        damaged = zipfile.ZipFile(file).testzip()
-        if damaged:
-            raise ValueError(f"the checksum of {damaged} is wrong")
-    elif not is_pickle:
-        raise ValueError("it is incomplete, or torch.save did not write it")
-    file.seek(0)
-    return torch.load(file, map_location="cpu", weights_only=True)
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
-def check_state_dict(weights):
-    """Return a state_dict as a plain dict of tensors. Raises TypeError if it is something else."""
-    if not isinstance(weights, dict):
-        raise TypeError(f"its content is of type {type(weights).__name__}, not a dict of tensors")
-    for name, tensor in weights.items():
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"the entry {name!r} is not a named tensor")
-    return dict(weights)
+def parse_config(content):
+    """Return the content of config.json."""
+    config = json.loads(content)
+    for name in ("model", "latent_dim", "seed", "epochs", "hold_out", "data_sha256"):
+        if name not in config:
+            raise ValueError(f"{name} is missing")
+    return config
 
 
-def read_config(path):
-    """Return the content of config.json, or None if there is no such file.
-
-    Raises UserError if the file is damaged or an option in it has an impossible value.
-    """
-    content = data.read_bytes(path)
-    if content is None:
-        return None
-    with data.report_damage(path, RESTORE):
-        return complete_config(json.loads(content))
-
-
-def complete_config(config):
-    """Return a config in which options that were added after the run was saved have their default.
-
-    Raises ValueError if an option has an impossible value, or if "epochs" is missing.
-    """
-    # Every run was saved with its number of epochs. If it is missing, the file is damaged, and the
-    # default must not hide this.
-    if "epochs" not in config:
-        raise ValueError("epochs is missing")
-    # Runs saved before checksums were added were trained on Fashion-MNIST.
-    completed = {
-        **OPTIONS,
-        "feature_sha256": None,
-        "data_sha256": data.FASHION_MNIST_SHA256,
-        **config,
-    }
-    check_options(completed)
-    return completed
-
-
-def read_log(path):
-    """Return the rows of losses.csv, or None if there is no such file.
-
-    Raises UserError if the file is damaged.
-    """
-    content = data.read_bytes(path)
-    if content is None:
-        return None
-    with data.report_damage(path, RESTORE):
-        # Spreadsheets may put a byte order mark at the start, which utf-8-sig skips.
-        lines = content.decode("utf-8-sig").splitlines()
-        return check_log(csv.DictReader(lines))
-
-
-def check_log(rows):
-    """Return a loss log as numbers.
-
-    Raises KeyError or TypeError if a number is missing, and ValueError if one is not finite or the
-    epochs are out of order.
-    """
+def parse_log(content):
+    """Return the rows of losses.csv as dicts of numbers."""
     log = []
-    for number, row in enumerate(rows, start=1):
-        values = {column: float(row[column]) for column in LOG_COLUMNS}
-        if values["epoch"] != number:
-            raise ValueError("epochs out of order")
-        if not all(math.isfinite(value) for value in values.values()):
-            raise ValueError(f"a number in epoch {number} is not finite")
-        values["epoch"] = number
-        log.append(values)
-    if not log:
-        raise ValueError("no epochs")
+    for row in csv.DictReader(content.decode().splitlines()):
+        log.append({name: float(value) for name, value in row.items()})
+    log[-1]["test_loss"]  # raises an error if there are no rows, or if they have other columns
     return log
 
 
-def read_classification(path):
-    """Return the content of classification.json, or None if it is missing or damaged.
-
-    A damaged file is not an error, because classify.py can compute its content again.
-    """
-    content = data.read_bytes(path)
-    if content is None:
-        return None
-    # Damage can cause any of these: another type, another shape, a number too large, deep nesting.
-    damage = (KeyError, TypeError, ValueError, OverflowError, RuntimeError)
-    with contextlib.suppress(*damage):
-        result = json.loads(content)
-        matrix = torch.tensor(result["confusion_matrix"])
-        classes = len(data.CLASSES)
-        is_matrix = matrix.shape == (classes, classes) and matrix.dtype == torch.int64
-        numbers = torch.tensor([result["epoch"], result["accuracy"]])
-        # Files that were written before hashes were added have none.
-        hash_is_valid = isinstance(result.get("sha256"), str | None)
-        if is_matrix and numbers.isfinite().all() and hash_is_valid:
-            return result
-    return None
-
-
-def current_classification(run):
-    """Return the content of classification.json if it belongs to the weights of `run`.
-
-    Otherwise return None and print a warning. Weights are compared by their number of epochs, and
-    by their hash if the run has weights and the file has a hash.
-    """
-    path = run.path / CLASSIFICATION
-    result = read_classification(path)
-    if result is None:
-        problem = "is missing or damaged"
-    elif result["epoch"] != len(run.log):
-        problem = f"belongs to epoch {result['epoch']}, but the run has {len(run.log)} epochs"
-    elif run.weights and result.get("sha256") not in (None, digest(run.weights)):
-        problem = "belongs to other weights"
-    else:
-        return result
-    command = data.shell_command(["python", "classify.py", "--run", str(run.path)])
-    print(f"Warning: {path} {problem}. To evaluate the run: {command}", file=sys.stderr)
-    return None
-
-
-def digest(weights):
-    """Return the SHA-256 of the tensors in a state_dict. It does not depend on the file format."""
-    sha256 = hashlib.sha256()
-    for name, tensor in sorted(weights.items()):
-        sha256.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
-        sha256.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return sha256.hexdigest()
-
-
-# --- A trained run: loading it ------------------------------------------------------------
-
-
-def load_run(path):
-    """Load a run and its trained network (Run.model, on the CPU, in evaluation mode).
-
-    `path` is the run's folder, a string or a Path. Raises UserError if there is no run, if it has
-    no weights, if a file is damaged, or if the weights do not fit the options.
-    """
-    run = read_run(path)
-    if run.weights is None:
-        raise UserError(
-            f"{run.path} has no {WEIGHTS}. "
-            f"To train the same network again: {train_command(run.config, 'runs/new')}"
-        )
-    model = MODELS[run.config["model"]](run.config["latent_dim"])
-    check_weights(run, model.state_dict())
-    model.load_state_dict(run.weights)
-    run.model = model.eval()
-    return run
-
-
-def check_weights(run, expected):
-    """Raise UserError, naming the first tensor that does not fit the network, if there is one."""
-    for name in [*run.weights, *expected]:
-        problem = None
-        if name not in expected:
-            problem = f"{name} is not in this network"
-        elif name not in run.weights:
-            problem = f"{name} is missing"
-        elif run.weights[name].shape != expected[name].shape:
-            found = list(run.weights[name].shape)
-            problem = f"{name} has shape {found}, not {list(expected[name].shape)}"
-        if problem:
-            raise UserError(
-                f"The weights in {run.path} ({STATE} or {WEIGHTS}) do not fit its options "
-                f"({STATE} or {CONFIG}): {problem}. Restore the files of this run."
-            )
-
-
-def load_run_data(run, root):
-    """Return the training and the test split of a run, as `data.make_splits` does.
-
-    Raises UserError if the data in `root` are not those on which the run was trained.
-    """
-    dataset = data.read_dataset(root)
-    if dataset.sha256 != run.config["data_sha256"]:
-        raise UserError(
-            f"{run.path} was not trained on the data in {dataset.folder}. "
-            "Give the folder of its data with --data."
-        )
-    return data.make_splits(dataset, run.config["hold_out"])
+def parse_classification(content):
+    """Return the content of classification.json."""
+    classification = json.loads(content)
+    classification["epoch"]  # raises an error if it is missing
+    return classification
 
 
 # --- Latent means and samples -------------------------------------------------------------
@@ -616,25 +339,27 @@ EVALUATION_BATCH_SIZE = 128
 
 @torch.no_grad()
 def latent_means(model, images):
-    """Return the latent means mu(x), [N, latent_dim] float32, of images on the CPU.
+    """Return the latent means mu(x) of images, [N, latent_dim] float32 on the CPU.
 
-    Images are [N, 1, 28, 28] floating-point numbers in [0, 1]. Raises ValueError otherwise. The
-    model must be on the CPU and in evaluation mode, as load_run returns it.
+    Images are a tensor [N, 1, 28, 28] of floating-point numbers in [0, 1]. Raises ValueError
+    otherwise. The model is used in evaluation mode, and stays as it is.
     """
     expected = (
         "images must be a tensor [N, 1, 28, 28] of floating-point numbers in [0, 1] "
         "(gray values divided by 255, bright on black)"
     )
+    if not isinstance(images, torch.Tensor):
+        raise ValueError(f"{expected}, not a {type(images).__name__}")
     if images.shape[1:] != (1, 28, 28) or len(images) == 0 or not images.is_floating_point():
         raise ValueError(f"{expected}, not {list(images.shape)} of {images.dtype}")
     if not (images.min() >= 0 and images.max() <= 1):  # NaN is in no range
         raise ValueError(f"{expected}, not from {images.min()} to {images.max()}")
-    # We compute in float64 so that rounding differences between machines do not reach the Random
+    # In float64 on the CPU, so that rounding differences between machines do not reach the Random
     # Forest.
-    model = copy.deepcopy(model).double()
+    model = copy.deepcopy(model).cpu().eval().double()
     means = []
     for batch in images.split(EVALUATION_BATCH_SIZE):
-        mu, _ = model.encode(batch.double())
+        mu, _ = model.encode(batch.to("cpu", torch.float64))
         means.append(mu.float())
     return torch.cat(means)
 
@@ -689,17 +414,20 @@ class TransposedConv2d(nn.ConvTranspose2d):
 
     The result is the same up to rounding, so a network may also use nn.ConvTranspose2d. On a CPU,
     PyTorch leaves convolutions to the library oneDNN, which is slow in two cases. One is a bias,
-    which is therefore added separately. The other is a single output channel, for which PyTorch has
-    a faster kernel of its own.
+    which is therefore added separately. The other is a single output channel in float32, for which
+    PyTorch has a faster kernel of its own.
     """
 
     def forward(self, x):
         """Return [N, out_channels, H', W'] for x [N, in_channels, H, W]."""
-        if torch.jit.is_scripting():
-            exporting = False  # TorchScript cannot compile the call below
-        else:
-            exporting = torch.onnx.is_in_onnx_export()  # ONNX does not know PyTorch's own kernel
-        if self.out_channels == 1 and x.device.type == "cpu" and not exporting:
+        use_own_kernel = (
+            self.out_channels == 1
+            and x.device.type == "cpu"
+            and x.dtype == torch.float32
+            and not torch.is_autocast_enabled("cpu")  # which computes in bfloat16
+            and not torch.onnx.is_in_onnx_export()  # ONNX does not have this kernel
+        )
+        if use_own_kernel:
             y = torch.ops.aten.slow_conv_transpose2d(
                 x,
                 self.weight,
@@ -721,7 +449,6 @@ class TransposedConv2d(nn.ConvTranspose2d):
                 self.groups,
                 self.dilation,
             )
-        bias = self.bias  # TorchScript needs a variable to see that it is not None
-        if bias is not None:
-            y.add_(bias.view(-1, 1, 1))
+        if self.bias is not None:
+            y.add_(self.bias.view(-1, 1, 1))
         return y

@@ -1,17 +1,9 @@
 """Draw the figures of a run: losses, reconstructions, samples, latent space, confusion matrix."""
 
 import io
-import os
 import sys
 import textwrap
 
-# The figures need no backend, but matplotlib cannot be imported if MPLBACKEND names one that is not
-# installed. A notebook's own backend (module://…) stays, so that its plots keep working.
-if "MPLBACKEND" in os.environ and not os.environ["MPLBACKEND"].startswith("module://"):
-    os.environ["MPLBACKEND"] = "agg"
-
-import matplotlib.style
-import sklearn
 import torch
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -24,8 +16,9 @@ from model import (
     active_dimensions,
     current_classification,
     latent_means,
-    load_run,
+    load_network,
     load_run_data,
+    read_run,
     sample_mixture,
 )
 
@@ -36,25 +29,22 @@ run, the confusion matrix.
 
 
 @torch.no_grad()
-@matplotlib.style.context("default")  # whatever the user's matplotlibrc says
-# A notebook may have told scikit-learn to return data frames instead of arrays.
-@sklearn.config_context(transform_output="default")
 def main():
     parser, _ = data.command_line(DESCRIPTION)
     args = parser.parse_args()
-    run = load_run(args.run)
+    run = read_run(args.run)
     print(run)
+    model = load_network(run)
     classification = current_classification(run)
     (train_images, _), (test_images, test_labels) = load_run_data(run, args.data)
     classes = test_labels.unique().tolist()
     firsts = first_images(test_images, test_labels)
 
     save(run, "loss_curves.png", draw_losses(run.log))
-    save(run, "reconstructions.png", draw_reconstructions(run.model, firsts, classes))
-    save(run, "samples.png", draw_samples(run.model, run.config["latent_dim"], train_images))
-    if len(classes) > 1:
-        save(run, "interpolations.png", draw_interpolations(run.model, firsts))
-    mu = latent_means(run.model, test_images[:5000])  # t-SNE of all 10,000 would take minutes
+    save(run, "reconstructions.png", draw_reconstructions(model, firsts, classes))
+    save(run, "samples.png", draw_samples(model, run.config["latent_dim"], train_images))
+    save(run, "interpolations.png", draw_interpolations(model, firsts))
+    mu = latent_means(model, test_images[:5000])  # t-SNE of all 10,000 would take minutes
     if active_dimensions(mu) > 0:
         save(run, "latent_space.png", draw_latent_space(mu, test_labels[:5000]))
     else:
@@ -161,11 +151,7 @@ def draw_interpolations(model, images):
 
 def draw_latent_space(mu, labels):
     """Draw latent means [N, latent_dim] in two dimensions, by PCA and by t-SNE."""
-    if mu.shape[1] == 1:
-        mu = torch.cat((mu, torch.zeros_like(mu)), dim=1)  # both methods need two columns
-    # The perplexity must be smaller than the number of points. 30 is scikit-learn's default.
-    tsne = TSNE(perplexity=min(30, len(mu) / 4), random_state=0, n_jobs=-1)
-    methods = {"PCA": PCA(2, random_state=0), "t-SNE": tsne}
+    methods = {"PCA": PCA(2, random_state=0), "t-SNE": TSNE(random_state=0, n_jobs=-1)}
     point_colors = [f"C{label}" for label in labels.tolist()]
     figure = Figure(figsize=(11, 5), layout="constrained")
     for axis, (name, method) in zip(figure.subplots(1, 2), methods.items()):

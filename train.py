@@ -1,6 +1,6 @@
 """Train a VAE on Fashion-MNIST, and save the run in a folder after each epoch."""
 
-import copy
+import argparse
 import io
 import math
 import os
@@ -14,25 +14,20 @@ import torch.nn.functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
 
 import data
-from data import UserError
+from data import UserError, positive_int
 from model import (
+    BASELINES,
+    CLASSIFICATION,
     CONFIG,
     LOG,
-    LOG_COLUMNS,
-    LR_SCHEDULERS,
     MODELS,
-    OPTIONS,
-    RESTORE,
-    RUN_FILES,
     STATE,
     WEIGHTS,
-    check_options,
-    dashed,
-    digest,
-    load_run,
+    load_network,
+    load_tensors,
     loss_function,
-    read_config,
-    train_command,
+    read,
+    read_run,
 )
 
 DESCRIPTION = """Train a VAE on Fashion-MNIST. Without options, this is the network and the training
@@ -41,126 +36,30 @@ train a finished run further (not with a cosine schedule, whose learning rates d
 """
 
 
-def parse_arguments():
-    """Return the options of the command line."""
-    parser, run_and_data = data.command_line(DESCRIPTION)
-    run_and_data.add_argument(
-        "--hold-out",
-        type=int,
-        metavar="N",
-        help="hold out the last N training images and test on them instead of the test set "
-        "(default: %(default)s)",
-    )
-    run_and_data.add_argument(
-        "--device",
-        choices=["auto", "cpu", "cuda", "mps"],
-        default="auto",
-        help="where to train; auto takes the first of cuda, mps and cpu that works. To choose one "
-        "of several GPUs, set CUDA_VISIBLE_DEVICES. (default: %(default)s)",
-    )
-
-    training = parser.add_argument_group("network and training")
-    training.add_argument(
-        "--model",
-        choices=list(MODELS),
-        help="conv: the report's network; fc: fully connected; deep: a deeper convolutional "
-        "network with BatchNorm (default: %(default)s)",
-    )
-    training.add_argument(
-        "--latent-dim",
-        type=int,
-        metavar="N",
-        help="number of latent dimensions (default: %(default)s)",
-    )
-    training.add_argument(
-        "--epochs", type=int, metavar="N", help="number of epochs (default: %(default)s)"
-    )
-    training.add_argument(
-        "--batch-size",
-        type=int,
-        metavar="N",
-        help="images per training step (default: %(default)s)",
-    )
-    training.add_argument(
-        "--lr", type=float, metavar="LR", help="learning rate of Adam (default: %(default)s)"
-    )
-    training.add_argument(
-        "--seed", type=int, metavar="N", help="random seed (default: %(default)s)"
-    )
-
-    proposals = parser.add_argument_group("the report's proposals")
-    proposals.add_argument(
-        "--beta",
-        type=float,
-        metavar="WEIGHT",
-        help="weight of the KL divergence (default: %(default)s)",
-    )
-    proposals.add_argument(
-        "--lr-scheduler",
-        choices=LR_SCHEDULERS,
-        help="plateau: divide the learning rate by 10 after more than ten epochs in a row without "
-        "progress; cosine: let it fall from --lr to 0 (default: %(default)s)",
-    )
-    proposals.add_argument(
-        "--feature-run",
-        metavar="DIR",
-        help="also match the encoder features of this run; needs --feature-weight",
-    )
-    proposals.add_argument(
-        "--feature-weight",
-        type=float,
-        metavar="WEIGHT",
-        help="weight of the feature-matching loss (default: %(default)s)",
-    )
-
-    # The defaults have one place, since a run saved before an option was added needs them too.
-    parser.set_defaults(**OPTIONS)
-    args = parser.parse_args()
-    args.feature_run = os.path.expanduser(args.feature_run)
-    try:
-        check_options(vars(args))
-    except ValueError as error:
-        parser.error(str(error))
-    return args
-
-
-# A notebook may have switched gradients off.
-@torch.enable_grad()
 def main():
     args = parse_arguments()
-    config = {}
-    for name in OPTIONS:
-        config[name] = getattr(args, name)
-    feature_model = None
-    config["feature_sha256"] = None
-    if args.feature_run:
-        feature_run = load_run(args.feature_run)
-        feature_model = feature_run.model.requires_grad_(False)
-        # Resuming is refused if the folder of --feature-run holds other weights by then.
-        config["feature_sha256"] = digest(feature_run.weights)
-    dataset = data.read_dataset(args.data)
-    config["data_sha256"] = dataset.sha256
+    config = vars(args).copy()
+    for name in ("run", "data", "device"):
+        del config[name]
+    splits, config["data_sha256"] = data.load_splits(args.data, args.hold_out)
+    (train_images, _), (test_images, _) = splits
 
-    writer = RunWriter(args.run)
-    run = writer.resume(config)
-    log = run.log if run else []
+    device = choose_device(args.device)
+    use_fast_kernels()
+    torch.manual_seed(args.seed)
+    model = MODELS[args.model](args.latent_dim)
+    model.to(device, memory_format=torch.channels_last)
+    optimizer = make_optimizer(model, args.lr, device)
+    feature_model = None
+    if args.feature_run:
+        feature_model = load_network(read_run(args.feature_run)).requires_grad_(False).to(device)
+
+    log, saved = resume(args.run, config, model, optimizer)
     if len(log) >= args.epochs:
         print(f"{args.run} is finished: {len(log)} epochs.")
         if args.lr_scheduler != "cosine":
             print("To train it further, give more --epochs.")
         return
-
-    (train_images, _), (test_images, _) = data.make_splits(dataset, args.hold_out)
-    use_fast_kernels()
-    torch.manual_seed(args.seed)
-    model = run.model if run else MODELS[args.model](args.latent_dim)
-    device = choose_device(args.device, model, train_images[:128])
-    model.to(device, memory_format=memory_format(device))
-    optimizer = make_optimizer(model, args.lr, device)
-    if run:
-        load_optimizer_state(optimizer, run)
-    if feature_model:
-        feature_model.to(device)
     train_images = train_images.to(device)
     test_images = test_images.to(device)
 
@@ -175,7 +74,8 @@ def main():
     # torch.__version__ is not a plain string, and torch.load would refuse it in state.pth.
     config["torch"] = str(torch.__version__)
     config["device"] = describe_device(device)
-    print(f"{model.name} on {config['device']}, epochs {len(log) + 1} to {args.epochs}", flush=True)
+    name = type(model).__name__
+    print(f"{name} on {config['device']}, epochs {len(log) + 1} to {args.epochs}", flush=True)
 
     previous_end = time.perf_counter()
     for epoch in range(len(log) + 1, args.epochs + 1):
@@ -185,19 +85,15 @@ def main():
         lr = learning_rate(args, log)
         set_learning_rate(optimizer, lr)
         row = {"epoch": epoch}
-        try:
-            model.train()
-            row.update(train_epoch(step, train_images, args.batch_size))
-            model.eval()
-            row.update(test_epoch(model, test_images))
-        except (MemoryError, RuntimeError) as error:
-            stop_if_out_of_memory(error, args.batch_size)
-            raise
+        model.train()
+        row.update(train_epoch(step, train_images, args.batch_size))
+        model.eval()
+        row.update(test_epoch(model, test_images))
         row["lr"] = lr
         row["seconds"] = time.perf_counter() - start
         stop_unless_finite(row)
         log.append(row)
-        writer.save(config, model, optimizer, log)
+        saved = save(args.run, saved, config, model, optimizer, log)
 
         end = time.perf_counter()
         left = timedelta(seconds=round((end - previous_end) * (args.epochs - epoch)))
@@ -234,7 +130,7 @@ def test_epoch(model, images):
     sums = []
     for batch in images.split(500):
         reconstruction, mu, logvar = model(batch)
-        _, bce, kld = loss_function(reconstruction, batch, mu, logvar, with_terms=True)
+        _, bce, kld = loss_function(reconstruction, batch, mu, logvar)
         sums.append(torch.stack((bce, kld)))
     return mean_losses("test", sums, len(images))
 
@@ -259,7 +155,7 @@ def train_step(model, optimizer, images, beta, feature_model, feature_weight):
     """
     optimizer.zero_grad()
     reconstruction, mu, logvar = model(images)
-    loss, bce, kld = loss_function(reconstruction, images, mu, logvar, beta, with_terms=True)
+    loss, bce, kld = loss_function(reconstruction, images, mu, logvar, beta)
     if feature_model:
         loss = loss + feature_weight * feature_matching_loss(feature_model, reconstruction, images)
     loss.backward()
@@ -284,26 +180,18 @@ def feature_matching_loss(feature_model, reconstruction, images):
 
 def show_progress(text):
     """Show how far the epoch is, in one line of a terminal that the next call overwrites."""
-    if sys.stdout and sys.stdout.isatty():
+    if sys.stdout.isatty():
         print(f"\r{text:40}\r", end="", flush=True)
 
 
 def stop_unless_finite(row):
     """Raise UserError if a loss of this epoch is NaN or infinite."""
-    if not math.isfinite(row["train_loss"] + row["test_loss"]):
-        raise UserError(
-            f"The loss is not finite in epoch {row['epoch']}. Try a smaller --lr and another "
-            "folder with --run. Earlier epochs are kept."
-        )
-
-
-def stop_if_out_of_memory(error, batch_size):
-    """Raise UserError if memory ran out."""
-    if data.is_out_of_memory(error):
-        raise UserError(
-            f"Not enough memory for batches of {batch_size} images. Try a smaller --batch-size and "
-            "another folder with --run."
-        ) from error
+    if math.isfinite(row["train_loss"] + row["test_loss"]):
+        return
+    advice = "Try a smaller --lr."
+    if row["epoch"] > 1:
+        advice = "Earlier epochs are kept. Try a smaller --lr in another folder (--run)."
+    raise UserError(f"The loss is not finite in epoch {row['epoch']}. {advice}")
 
 
 # --- Optimizer and learning rate ----------------------------------------------------------
@@ -355,84 +243,102 @@ def learning_rate(args, log):
 # --- Resuming and saving ------------------------------------------------------------------
 
 
-class RunWriter:
-    """Creates or resumes a run in a folder, and saves it after each epoch."""
+def resume(path, config, model, optimizer):
+    """Load the state of the run in the folder `path` into a model and its optimizer.
 
-    def __init__(self, path):
-        self.path = path
-        # The hash of state.pth as this process last read or wrote it, None if there was none.
-        self.last_sha256 = self.state_sha256()
-        self.warned = set()  # names of exported files for which a warning was printed
+    Return its loss log, and the content of its state.pth. For a new run, create the folder, and
+    return an empty log and None. Raises UserError if the run was trained with other options or on
+    other data, if state.pth is damaged, or if the folder has a published run, which has no
+    state.pth. Raises OSError if nothing can be written to the folder.
+    """
+    is_new = not (path / STATE).exists()
+    published_files = (CONFIG, LOG, WEIGHTS, CLASSIFICATION, BASELINES)
+    if is_new and any((path / name).exists() for name in published_files):
+        raise UserError(
+            f"{path} has a run but no {STATE}, so training cannot be resumed. Choose another "
+            "folder with --run."
+        )
+    path.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=path).close()  # fails now if the folder cannot be written
+    if is_new:
+        return [], None
 
-    def state_sha256(self):
-        """Return the hash of state.pth, or None if there is no such file."""
-        content = data.read_bytes(self.path / STATE)
-        return None if content is None else data.sha256(content)
+    def load_state(content):
+        state = load_tensors(content)
+        check_same_config(path, state["config"], config)
+        model.load_state_dict(state["model"])
+        load_optimizer_state(optimizer, state["optimizer"])
+        return state, content
 
-    def resume(self, config):
-        """Prepare the folder, and return the run to be resumed, or None for a new run.
+    state, content = read(path / STATE, load_state)
+    # train.py may have been killed after it wrote state.pth and before it wrote the other files.
+    export(path, state["config"], state["model"], state["log"])
+    return state["log"], content
 
-        Raises UserError if the run has other options or was trained on other data, or if the folder
-        has files of a run but no state.pth. Raises OSError if nothing can be written to the folder.
-        """
-        run = None
-        if self.last_sha256:
-            run = load_run(self.path)
-            check_same_config(run, config)
-        elif any((self.path / name).exists() for name in RUN_FILES):
-            command = train_command(read_config(self.path / CONFIG) or config, "runs/new")
-            raise UserError(
-                f"{self.path} has no {STATE}, so training cannot be resumed. "
-                f"To train the same network again: {command}"
-            )
-        self.path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=self.path).close()  # fails now if the folder is read-only
-        if run:
-            # An interruption may have left the exported files one epoch behind.
-            self.export(run.config, run.weights, run.log)
-        return run
 
-    def save(self, config, model, optimizer, log):
-        """Write the checkpoint and the exported files.
+def check_same_config(path, before, config):
+    """Raise UserError, naming the first difference, unless a run was trained with this config.
 
-        Raises UserError if another train.py has written into the same folder.
-        """
-        weights = {}
-        for name, tensor in model.state_dict().items():
-            weights[name] = tensor.cpu().contiguous()
-        state = {
-            "config": config,
-            "model": weights,
-            "optimizer": optimizer.state_dict()["state"],
-            "log": log,
-        }
-        content = tensor_bytes(state)
-        # Two train.py processes may use the same folder, and file locks do not work on many file
-        # systems. So we check that state.pth is still the file this process last read or wrote.
-        if self.state_sha256() != self.last_sha256:
-            raise UserError(f"Another train.py has written to {self.path}, so this one stops.")
-        data.write_bytes(self.path / STATE, content)
-        self.last_sha256 = data.sha256(content)
-        self.export(config, weights, log)
+    Another number of epochs is allowed, except with a cosine schedule, whose learning rates depend
+    on it.
+    """
+    for name, value in config.items():
+        if before.get(name) == value or (name == "epochs" and config["lr_scheduler"] != "cosine"):
+            continue
+        difference = f"with --{name.replace('_', '-')} {before.get(name)}, not {value}"
+        if name == "data_sha256":
+            difference = "on other data"
+        raise UserError(f"{path} was trained {difference}. Choose another folder with --run.")
 
-    def export(self, config, weights, log):
-        """Write config.json, the weights and losses.csv.
 
-        A failure only prints a warning, because state.pth has their content, too. For example, a
-        spreadsheet program that shows losses.csv may keep it from being replaced.
-        """
-        contents = {
-            CONFIG: data.json_bytes(config),
-            WEIGHTS: tensor_bytes(weights),
-            LOG: log_bytes(log),
-        }
-        for name, content in contents.items():
-            try:
-                data.write_bytes(self.path / name, content)
-            except UserError as error:
-                if name not in self.warned:
-                    print(f"Warning: {error}. {STATE} has its content, too.", file=sys.stderr)
-                self.warned.add(name)
+def load_optimizer_state(optimizer, saved):
+    """Load the state of Adam, {number of the parameter: its state}, as state.pth has it.
+
+    Fused Adam ignores strides, and the run may have begun on another device. So the state is
+    copied into the memory layout of the weights.
+    """
+    parameters = optimizer.param_groups[0]["params"]
+    state = {}
+    for number, values in saved.items():
+        state[number] = {"step": values["step"]}
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[number][name] = torch.empty_like(parameters[number]).copy_(values[name])
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def save(path, previous, config, model, optimizer, log):
+    """Write the files of a run, and return the content of state.pth.
+
+    `previous` is its content as this process last read or wrote it, or None. Raises UserError if
+    another train.py has written it since. (File locks do not work on many file systems.)
+    """
+    current = (path / STATE).read_bytes() if (path / STATE).exists() else None
+    if current != previous:
+        raise UserError(
+            f"{path / STATE} was removed, or written by another train.py, so this one stops."
+        )
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        weights[name] = tensor.cpu().contiguous()
+    state = {
+        "config": config,
+        "model": weights,
+        "optimizer": optimizer.state_dict()["state"],
+        "log": log,
+    }
+    content = tensor_bytes(state)
+    data.write_bytes(path / STATE, content)
+    export(path, config, weights, log)
+    return content
+
+
+def export(path, config, weights, log):
+    """Write the files that the other scripts read: the weights, losses.csv and config.json."""
+    # The weights come before the log, because classification.json is compared with the log. So if
+    # this is interrupted, classify.py never measures older weights than the log tells it.
+    data.write_bytes(path / WEIGHTS, tensor_bytes(weights))
+    data.write_bytes(path / LOG, log_bytes(log))
+    data.write_bytes(path / CONFIG, data.json_bytes(config))
 
 
 def tensor_bytes(value):
@@ -444,159 +350,34 @@ def tensor_bytes(value):
 
 def log_bytes(log):
     """Return a loss log as the content of a CSV file."""
-    lines = [",".join(LOG_COLUMNS)]
+    lines = [",".join(log[0])]
     for row in log:
-        lines.append(",".join(str(row[column]) for column in LOG_COLUMNS))
+        lines.append(",".join(str(value) for value in row.values()))
     return ("\n".join(lines) + "\n").encode()
-
-
-def check_same_config(run, config):
-    """Raise UserError, naming the first difference, unless the run has this config.
-
-    Another number of epochs is allowed, except with a cosine schedule, whose learning rates depend
-    on it. The run for feature matching may lie in another folder if its weights are the same.
-    """
-    for name, value in config.items():
-        before = run.config[name]
-        if before == value or name == "feature_run":
-            continue
-        if name == "epochs" and config["lr_scheduler"] != "cosine":
-            continue
-        if name == "data_sha256":
-            difference = "on different data"
-        elif name == "feature_sha256":
-            difference = "with a different network as --feature-run"
-        else:
-            difference = f"with --{dashed(name)} {before}, not {value}"
-        raise UserError(f"{run.path} was trained {difference}. Choose another folder with --run.")
-
-
-def load_optimizer_state(optimizer, run):
-    """Give Adam the optimizer state of a run. Raises UserError if it does not fit the network.
-
-    Fused Adam ignores strides, and the run may have begun on another device. So the state is
-    copied into the memory layout of the weights.
-    """
-    state = {}
-    try:
-        for number, parameter in enumerate(optimizer.param_groups[0]["params"]):
-            saved = run.optimizer_state[number]
-            if saved["step"].numel() != 1:
-                raise ValueError("step is not a single number")
-            state[number] = {"step": saved["step"]}
-            for name in ("exp_avg", "exp_avg_sq"):
-                if saved[name].shape != parameter.shape:
-                    raise ValueError(f"{name} has another shape than its parameter")
-                state[number][name] = torch.empty_like(parameter).copy_(saved[name])
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{run.path / STATE} has no optimizer state that fits the network. {RESTORE}"
-        ) from error
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
 # --- Devices and speed --------------------------------------------------------------------
 
 
-def choose_device(asked, model, images):
-    """Return the device to train on: `asked`, or for "auto" the first of cuda, mps, cpu that works.
+def choose_device(asked):
+    """Return the device to train on, "cpu" or "cuda". `asked` is the option --device.
 
-    A device works if it computes what the CPU computes for `images` [B, 1, 28, 28] (see
-    `check_device`). Raises UserError if a device that was asked for by name does not work.
+    Raises UserError if it is a GPU that cannot compute a small convolution.
     """
-    if asked in ("cuda", "mps"):
-        candidates = [asked]
-    elif asked == "auto":
-        candidates = []
-        if torch.cuda.is_available():
-            candidates.append("cuda")
-        if torch.backends.mps.is_available():
-            candidates.append("mps")
-    else:
-        candidates = []
-    for device in candidates:
+    device = asked
+    if asked == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
         try:
-            check_device(device, model, images)
-            return device
+            image = torch.ones(1, 1, 28, 28, device=device)
+            weight = torch.ones(1, 1, 4, 4, device=device)
+            F.conv2d(image, weight).cpu()
         except Exception as error:  # a driver, a card or its memory can fail in almost any way
-            if asked != "auto":
-                raise UserError(
-                    f"--device {device} cannot be used: {data.reason(error)}. "
-                    "Use --device cpu instead."
-                ) from error
-            print(f"Warning: {data.reason(error)}, so {device} is not used.", file=sys.stderr)
-    check_adam_on_cpu()
-    return "cpu"
-
-
-def check_device(device, model, images):
-    """Raise an error unless a device computes the loss and the gradients that the CPU computes.
-
-    Both are computed without noise (z = mu). For each layer, the difference may be 10 % of the
-    norm, because rounding alone causes up to 1.7 % in DeepConvVAE.
-
-    If two passes on the CPU differ, the network has random layers such as dropout, and devices
-    cannot be compared. Then we print a warning instead.
-    """
-    expected = loss_and_gradients(model, images, "cpu")
-    if not agree(loss_and_gradients(model, images, "cpu"), expected, tolerance=0.001):
-        # This raises an error if the device cannot compute them at all.
-        loss_and_gradients(model, images, device)
-        print(
-            f"Warning: the network has random layers, so we cannot check whether {device} computes "
-            f"the same as the CPU. {device} is used without this check.",
-            file=sys.stderr,
-        )
-        return
-    if not agree(loss_and_gradients(model, images, device), expected, tolerance=0.1):
-        raise ArithmeticError(f"loss or gradients on {device} differ from those on the CPU")
-
-
-def agree(values, expected, tolerance):
-    """Return whether the tensors differ from those expected by at most `tolerance` of the norm."""
-    for value, right in zip(values, expected, strict=True):
-        if not (value - right).norm() <= tolerance * right.norm():  # NaN does not agree
-            return False
-    return True
-
-
-def loss_and_gradients(model, images, device):
-    """Return, on the CPU, the loss of images with z = mu, and its gradient for each layer.
-
-    The gradients of a layer's parameters are joined, because the gradient of a bias before
-    BatchNorm is only a rounding error and could not be compared alone.
-    """
-    model = copy.deepcopy(model).to(device, memory_format=memory_format(device)).train()
-    images = images.to(device)
-    mu, logvar = model.encode(images)
-    loss = loss_function(model.decode(mu), images, mu, logvar)
-    loss.backward()
-    results = [loss.detach().cpu()]
-    for module in model.modules():
-        gradients = []
-        for parameter in module.parameters(recurse=False):
-            if parameter.grad is not None:  # the parameter is used, and not frozen
-                gradients.append(parameter.grad.flatten())
-        if gradients:
-            results.append(torch.cat(gradients).cpu())
-    return results
-
-
-def check_adam_on_cpu():
-    """Raise UserError if Adam fails on the CPU because of a GPU that cannot be initialized.
-
-    Recent versions of PyTorch let Adam ask the GPU for its state even if all parameters are on the
-    CPU.
-    """
-    parameter = torch.zeros(1, requires_grad=True)
-    parameter.grad = torch.zeros(1)
-    try:
-        torch.optim.Adam([parameter]).step()
-    except Exception as error:
-        raise UserError(
-            f"PyTorch finds a GPU that it cannot use ({data.reason(error)}), and this makes Adam "
-            "fail even on the CPU. To hide the GPU, run: CUDA_VISIBLE_DEVICES= python train.py …"
-        ) from error
+            raise UserError(
+                f"The GPU cannot be used ({data.reason(error)}). Use --device cpu. If that fails, "
+                "too, hide the GPU: CUDA_VISIBLE_DEVICES= python train.py …"
+            ) from error
+    return device
 
 
 def describe_device(device):
@@ -604,15 +385,6 @@ def describe_device(device):
     if device == "cuda":
         return f"cuda ({torch.cuda.get_device_name()})"
     return device
-
-
-def memory_format(device):
-    """Return the memory format of images and weights on a device.
-
-    channels_last is faster, but on mps it has given wrong gradients without an error (PyTorch
-    issues 107214 and 175189).
-    """
-    return torch.contiguous_format if device == "mps" else torch.channels_last
 
 
 class CapturedStep:
@@ -672,6 +444,132 @@ def use_fast_kernels():
     # It stops doing so for blocks up to 32 MiB once a block of nearly that size has been freed
     # (see mallopt(3)). So we allocate such a block, which is freed at once.
     torch.empty(31 * 2**20, dtype=torch.uint8)
+
+
+# --- Options ------------------------------------------------------------------------------
+
+
+def parse_arguments():
+    """Return the options of the command line."""
+    parser, run_and_data = data.command_line(DESCRIPTION)
+    run_and_data.add_argument(
+        "--hold-out",
+        type=nonnegative_int,
+        default=0,
+        metavar="N",
+        help="hold out the last N training images and test on them instead of the test set "
+        "(default: %(default)s)",
+    )
+    run_and_data.add_argument(
+        "--device",
+        choices=["auto", "cpu", "cuda"],
+        default="auto",
+        help="where to train; auto is cuda if PyTorch finds a GPU, and otherwise cpu. To choose "
+        "one of several GPUs, set CUDA_VISIBLE_DEVICES. (default: %(default)s)",
+    )
+
+    training = parser.add_argument_group("network and training")
+    training.add_argument(
+        "--model",
+        choices=list(MODELS),
+        default="conv",
+        help="conv: the report's network; fc: fully connected; deep: a deeper convolutional "
+        "network with BatchNorm (default: %(default)s)",
+    )
+    training.add_argument(
+        "--latent-dim",
+        type=positive_int,
+        default=32,
+        metavar="N",
+        help="number of latent dimensions (default: %(default)s)",
+    )
+    training.add_argument(
+        "--epochs",
+        type=positive_int,
+        default=100,
+        metavar="N",
+        help="number of epochs (default: %(default)s)",
+    )
+    training.add_argument(
+        "--batch-size",
+        type=positive_int,
+        default=128,
+        metavar="N",
+        help="images per training step (default: %(default)s)",
+    )
+    training.add_argument(
+        "--lr",
+        type=positive_float,
+        default=5e-4,
+        metavar="LR",
+        help="learning rate of Adam (default: %(default)s)",
+    )
+    training.add_argument(
+        "--seed",
+        type=nonnegative_int,
+        default=0,
+        metavar="N",
+        help="random seed (default: %(default)s)",
+    )
+
+    proposals = parser.add_argument_group("the report's proposals")
+    proposals.add_argument(
+        "--beta",
+        type=nonnegative_float,
+        default=1.0,
+        metavar="WEIGHT",
+        help="weight of the KL divergence (default: %(default)s)",
+    )
+    proposals.add_argument(
+        "--lr-scheduler",
+        choices=["constant", "plateau", "cosine"],
+        default="constant",
+        help="plateau: divide the learning rate by 10 after more than ten epochs in a row without "
+        "progress; cosine: let it fall from --lr to 0 (default: %(default)s)",
+    )
+    proposals.add_argument(
+        "--feature-run",
+        type=os.path.expanduser,
+        default="",
+        metavar="DIR",
+        help="also match the encoder features of this run; needs --feature-weight",
+    )
+    proposals.add_argument(
+        "--feature-weight",
+        type=nonnegative_float,
+        default=0.0,
+        metavar="WEIGHT",
+        help="weight of the feature-matching loss (default: %(default)s)",
+    )
+
+    args = parser.parse_args()
+    if bool(args.feature_weight) != bool(args.feature_run):
+        parser.error("--feature-weight and --feature-run must be given together")
+    return args
+
+
+def nonnegative_int(text):
+    """Return the integer of an option, which may be 0. argparse prints the errors."""
+    value = int(text)
+    if not 0 <= value < 2**31:
+        raise argparse.ArgumentTypeError(f"must be from 0 to {2**31 - 1}")
+    return value
+
+
+def positive_float(text):
+    """Return the positive number of an option."""
+    value = float(text)
+    if not 0 < value < math.inf:  # NaN is in no range
+        raise argparse.ArgumentTypeError("must be a positive number")
+    return value
+
+
+def nonnegative_float(text):
+    """Return the number of an option, which may be 0."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError("must be a number that is not negative")
+    return value
 
 
 if __name__ == "__main__":
