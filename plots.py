@@ -122,13 +122,15 @@ def draw_samples(model, latent_dim, train_images):
     if latent_dim == 2:
         quantiles = torch.special.ndtri(torch.linspace(0.05, 0.95, 10))
         z = torch.cartesian_prod(quantiles, quantiles)
-        row_names = []
+        row_names = [f"z₁ = {quantile:.1f}" for quantile in quantiles]
+        titles = [f"z₂ = {quantile:.1f}" for quantile in quantiles]
     else:
         torch.manual_seed(0)
         mixture_z = sample_mixture(model, train_images, 50)
         z = torch.cat((torch.randn(50, latent_dim), mixture_z))
         row_names = ["N(0, I)", "", "", "", "", "mixture"]
-    return draw_grid(model.decode(z).split(10), row_names)
+        titles = []
+    return draw_grid(model.decode(z).split(10), row_names, titles)
 
 
 def draw_interpolations(model, images):

@@ -13,22 +13,29 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
-RESULTS = Path(__file__).parent
+RESULTS = Path(__file__).resolve().parent
 ROOT = RESULTS.parent
 sys.path.insert(0, str(ROOT))
-import data
-import plots  # before matplotlib, because it lets matplotlib be imported whatever MPLBACKEND says
-
-# isort: split
 import matplotlib.style
 import torch
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from sklearn.metrics import ConfusionMatrixDisplay
 
+import data
+import plots
 from classify import fit_forest
 from data import UserError
-from model import Run, current_classification, load_run, read_run, sample_mixture
+from model import (
+    BASELINES,
+    CLASSIFICATION,
+    Run,
+    current_classification,
+    load_network,
+    read,
+    read_run,
+    sample_mixture,
+)
 
 
 class Column(NamedTuple):
@@ -66,45 +73,78 @@ COMPARED = [
     Column("Test loss", "test_loss", 1, 2),
     Column("BCE", "bce", 1, 2),
     Column("KLD", "kld", 1, 2),
-    Column("MSE × 1000", "mse", 1000, 2),
-    Column("Sharpness", "sharpness_reconstructions", 1, 3),
-    Column("Active dimensions", "active_dimensions", 1, 1),
-    Column("Accuracy, %", "accuracy", 100, 2),
-    Column("Fréchet", "frechet_samples", 1, 2),
+    *RECONSTRUCTIONS,
 ]
 
-REFERENCE = "latent32"  # the report's network, with which the variants are compared
-
-# The report's proposals and other variants, by the folder of their runs.
-VARIANTS = {
-    "deep": "Deep ConvVAE",
-    "deep-cosine": "Deep ConvVAE, cosine schedule",
-    "epochs200": "200 epochs",
-    "cosine": "cosine schedule",
-    "plateau": "plateau schedule",
-    "feature": "feature matching",
+# The rows of the tables, in their order: folders of runs, and what they are called.
+TITLES = {
+    "latent32": "ConvVAE, as in the report",
     "latent2": "2 latent dimensions",
     "latent8": "8 latent dimensions",
     "latent16": "16 latent dimensions",
     "latent64": "64 latent dimensions",
     "latent128": "128 latent dimensions",
+    "epochs200": "200 epochs",
+    "cosine": "cosine schedule",
+    "plateau": "plateau schedule",
+    "feature": "feature matching",
     "beta0.1": "β = 0.1",
     "beta0.5": "β = 0.5",
     "beta2": "β = 2",
     "beta4": "β = 4",
+    "deep": "deeper network",
+    "deep-cosine": "deeper network, cosine schedule",
+    "fc-latent16": "fully connected VAE",
     "fc-latent32": "fully connected VAE",
+    "best32": "options from the search",
+    "best64": "options from the search",
 }
+SEARCH_TITLES = {
+    "latent32-beta0.05": "β = 0.05, 15 epochs",
+    "latent32-beta0.1": "β = 0.1, 15 epochs",
+    "latent32-beta0.2": "β = 0.2, 15 epochs",
+    "latent32-beta0.05-epochs30": "β = 0.05, 30 epochs",
+    "latent32-beta0.2-epochs30": "β = 0.2, 30 epochs",
+    "latent64-beta0.05": "β = 0.05, 15 epochs",
+    "latent64-beta0.1": "β = 0.1, 15 epochs",
+    "latent64-beta0.2": "β = 0.2, 15 epochs",
+    "latent64-beta0.05-epochs30": "β = 0.05, 30 epochs",
+    "latent32-beta0.1-epochs100": "β = 0.1, 100 epochs, as in the report otherwise",
+}
+REFERENCE = "latent32"  # the report's network, with which the variants are compared
+# Runs with options from the search differ from the reference in several ways.
+NOT_COMPARED = [REFERENCE, "fc-latent16", "best32", "best64"]
 
 
 def main():
+    args = parse_arguments()
+    if args.pixels or args.figures:
+        if args.folder.resolve() != RESULTS:
+            raise UserError("--pixels and --figures belong to the published results. Omit FOLDER.")
+        splits = load_fashion_mnist(args.data)
+        if args.pixels:
+            measure_pixels(splits)
+        if args.figures:
+            draw_figures(splits)
+    print(tables(args.folder))
+    if args.folder.resolve() == RESULTS:
+        print(differences(COMPARED))
+        print(differences(SAMPLES))
+        print(page_tables())
+        print(page_numbers())
+
+
+def parse_arguments():
+    """Return the options of the command line."""
     parser = argparse.ArgumentParser(
-        usage="%(prog)s [options] [folder]",
+        usage="%(prog)s [options] [FOLDER]",
         description="Print the tables of results/README.md. With --figures, draw the figures that "
         "compare runs.",
     )
     parser.add_argument(
         "folder",
         type=data.folder,
+        metavar="FOLDER",
         nargs="?",
         default=RESULTS,
         help="folder with runs in <name>/seed<n> (default: the folder of this script)",
@@ -114,7 +154,7 @@ def main():
         type=data.folder,
         metavar="DIR",
         default=data.DEFAULT_ROOT,
-        help="folder with the four files of Fashion-MNIST (default: %(default)s)",
+        help="folder of Fashion-MNIST (default: %(default)s)",
     )
     parser.add_argument(
         "--pixels",
@@ -124,15 +164,15 @@ def main():
     parser.add_argument(
         "--figures", action="store_true", help="first draw the figures that compare runs"
     )
-    args = parser.parse_args()
-    if args.pixels:
-        measure_pixels(args.data)
-    if args.figures:
-        draw_figures(args.data)
-    print(tables(args.folder))
-    if args.folder.resolve() == RESULTS.resolve():
-        print(differences_table())
-        print(page_numbers())
+    return parser.parse_args()
+
+
+def load_fashion_mnist(root):
+    """Return the splits of Fashion-MNIST. Raises UserError if `root` has another data set."""
+    splits, sha256 = data.load_splits(root)
+    if sha256 != data.FASHION_MNIST_SHA256:
+        raise UserError(f"{root} is not Fashion-MNIST, on which the published runs were trained.")
+    return splits
 
 
 # --- Reading results ----------------------------------------------------------------------
@@ -141,33 +181,55 @@ def main():
 class Result(NamedTuple):
     """A run, and everything that was measured of it."""
 
-    run: Run | None  # None for the accuracies in pixels.json, which belong to no run
+    run: Run | None  # None for a baseline, which is no run
     # For a run: the last row of the loss log, classification.json, first_train_loss and gap. For a
     # baseline: only what was measured of it.
     metrics: dict
 
 
 def load_results(folder):
-    """Return the Result of each run in a folder of seeds, in the order of the seeds.
+    """Return the Result of each evaluated run in `folder`/seed<n>, in the order of the seeds.
 
-    Runs without a classification of their weights are left out, with a warning.
+    Runs that were not evaluated after their last epoch are left out, with a warning. Raises
+    UserError if the runs differ in more than their seeds.
     """
     results = []
-    for path in folder.glob("seed*"):
-        run = read_run(path)
+    for path in folder.glob(f"seed*/{CLASSIFICATION}"):
+        run = read_run(path.parent)
         classification = current_classification(run)
         if classification:
-            last = run.log[-1]
-            metrics = {**last, **classification}
-            metrics["gap"] = last["test_loss"] - last["train_loss"]
+            metrics = {**run.log[-1], **classification}
+            metrics["gap"] = metrics["test_loss"] - metrics["train_loss"]
             metrics["first_train_loss"] = run.log[0]["train_loss"]
             results.append(Result(run, metrics))
-    return sorted(results, key=seed_of)
+    results.sort(key=seed_of)
+    for result, next_result in zip(results, results[1:]):
+        check_only_seeds_differ(result.run, next_result.run)
+    return results
 
 
 def seed_of(result):
     """Return the random seed of a result's run."""
     return result.run.config["seed"]
+
+
+def check_only_seeds_differ(run, other):
+    """Raise UserError unless two runs have different seeds, and are the same in all else."""
+    difference = None
+    if run.config["seed"] == other.config["seed"]:
+        difference = "the same seed"
+    if len(run.log) != len(other.log):
+        difference = "different numbers of epochs in their logs"
+    for name, value in run.config.items():
+        # The seeds differ on purpose, and the runs of a row may come from different machines.
+        is_compared = name in other.config and name not in ("seed", "torch", "device")
+        if is_compared and value != other.config[name]:
+            difference = f"different values of {name} in their configs"
+    if difference:
+        raise UserError(
+            f"{run.path} and {other.path} have {difference}, so they cannot be in the same row of "
+            "a table. Move one of them elsewhere."
+        )
 
 
 def values_of(results, key):
@@ -179,94 +241,86 @@ def values_of(results, key):
 
 
 def tables(folder):
-    """Return the tables of all runs in `folder`/<name>/seed<n>, in Markdown.
+    """Return the tables of all evaluated runs in `folder`/<name>/seed<n>, in Markdown.
 
-    The runs of a row differ only in their seeds. The baselines that classify.py --baselines has
-    measured have rows of their own. Raises UserError if there is no run, or if two runs of a row
-    have the same seed, different data or different networks for feature matching.
+    Each <name> has a row. The baselines that classify.py --baselines has measured have rows of
+    their own, at the end. Raises UserError if there are no runs, if the runs of a row differ in
+    more than their seeds, or if the rows were trained on different data.
     """
-    rows = {}  # {(network and options, latent dimensions): results}
+    titles = {RESULTS: TITLES, RESULTS / "search": SEARCH_TITLES}.get(folder.resolve(), {})
+    names = {path.parent.parent.name for path in folder.glob(f"*/seed*/{CLASSIFICATION}")}
+    in_order = [name for name in titles if name in names] + sorted(names - titles.keys())
+    rows = []
     baselines = {}
-    for path in sorted(folder.iterdir()):
-        for result in load_results(path):
-            label = result.run.describe(leave_out=["latent_dim"])
-            row = rows.setdefault((label, result.run.config["latent_dim"]), [])
-            check_only_seeds_differ(result, row)
-            row.append(result)
+    for name in in_order:
+        results = load_results(folder / name)
+        if results:
+            config = results[0].run.config
+            rows.append(((titles.get(name, name), config["latent_dim"]), results))
             # Baselines do not depend on the network, so those of one run stand for all.
-            baselines.update(baseline_rows(result))
+            for result in results:
+                baselines.update(baseline_rows(result.run))
     if not rows:
         raise UserError(
-            f"{folder} has no evaluated runs in <name>/seed<n>. "
-            "Evaluate runs with classify.py first."
+            f"{folder} has no evaluated runs in <name>/seed<n>. Evaluate runs with classify.py "
+            "first."
         )
-    content = data.read_bytes(folder / "pixels.json")
-    if content:
-        accuracies = json.loads(content).values()
+    first_run = rows[0][1][0].run
+    for _, results in rows:
+        run = results[0].run
+        if run.config["data_sha256"] != first_run.config["data_sha256"]:
+            raise UserError(f"{first_run.path} and {run.path} were trained on different data.")
+    if (folder / "pixels.json").exists():
+        accuracies = read(folder / "pixels.json", json.loads).values()
         results = [Result(None, {"accuracy": accuracy}) for accuracy in accuracies]
-        baselines["Pixels, random states 0 to 9", 784] = results
-    all_rows = sorted(rows.items()) + sorted(baselines.items())
-    return "\n".join(table(all_rows, columns) for columns in (LOSSES, RECONSTRUCTIONS, SAMPLES))
+        baselines["pixels, random states 0 to 9", 784] = results
+    rows += sorted(baselines.items())
+    return "\n".join(table(rows, columns) for columns in (LOSSES, RECONSTRUCTIONS, SAMPLES))
 
 
-def check_only_seeds_differ(result, row):
-    """Raise UserError if a result cannot be in the same row as the results in `row`.
-
-    All of them have the same options, apart from the seed. Their data and their network for feature
-    matching must be the same, too, by checksum. Two runs with the same seed would be copies.
-    """
-    for other in row:
-        for name in ("data_sha256", "feature_sha256"):
-            if other.run.config[name] != result.run.config[name]:
-                raise UserError(
-                    f"{other.run.path} and {result.run.path} have the same options, but different "
-                    f"{name} in config.json. Move one of them out of this folder."
-                )
-        if seed_of(other) == seed_of(result):
-            raise UserError(
-                f"{other.run.path} and {result.run.path} have the same options and the same seed, "
-                f"{seed_of(result)}. Move one of them out of this folder."
-            )
-
-
-def baseline_rows(result):
-    """Return the rows of the baselines that were measured together with this result."""
-    baselines = result.metrics.get("baselines") or {}
-    latent_dim = result.run.config["latent_dim"]
-    hold_out = result.run.config["hold_out"]
-    suffix = f", validation split of {hold_out}" if hold_out else ""
-    rows = {}
-    if "pca" in baselines:
-        rows["PCA" + suffix, latent_dim] = [Result(result.run, {"accuracy": baselines["pca"]})]
-    if "pixels" in baselines:
-        rows["Pixels" + suffix, 784] = [Result(result.run, {"accuracy": baselines["pixels"]})]
+def baseline_rows(run):
+    """Return the rows of the baselines that a run has, as {(title, dimensions): results}."""
+    path = run.path / BASELINES
+    if not path.exists():
+        return {}
+    baselines = read(path, json.loads)
+    rows = {
+        ("PCA", run.config["latent_dim"]): [Result(None, {"accuracy": baselines["pca"]})],
+        ("pixels", 784): [Result(None, {"accuracy": baselines["pixels"]})],
+    }
     if "training_images" in baselines:
         metrics = {}
         for name, value in baselines["training_images"].items():
             metrics[f"{name}_samples"] = value
-        rows["Training images" + suffix, 784] = [Result(result.run, metrics)]
+        rows["training images", 784] = [Result(None, metrics)]
     return rows
 
 
 def table(rows, columns):
-    """Return a table in Markdown. Rows without any value are left out.
+    """Return a table in Markdown.
 
-    `rows` are ((network and options, dimensions), results). A cell is the mean ± the standard
-    deviation over the n results. If fewer than n have the value, the cell says how many.
+    `rows` are ((title, dimensions), results). A cell is the mean ± the standard deviation over the
+    n results that have any of the columns. Rows without such results are left out.
     """
-    lines = [["Network", "Dimensions", "n"] + [column.title for column in columns]]
+    lines = [["Runs", "Dimensions", "n"] + [column.title for column in columns]]
     lines.append(["---"] * len(lines[0]))
-    for (label, dimensions), results in rows:
-        cells = []
-        for column in columns:
-            values = [value * column.factor for value in values_of(results, column.key)]
-            cell = mean_and_sd(values, column.digits)
-            if 0 < len(values) < len(results):
-                cell += f" (n = {len(values)})"
-            cells.append(cell)
-        if any(cells):
-            lines.append([label, str(dimensions), str(len(results))] + cells)
+    for (title, dimensions), results in rows:
+        n = number_measured(results, columns)
+        cells = [cell(results, column) for column in columns]
+        if n > 0:
+            lines.append([title, str(dimensions), str(n)] + cells)
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def number_measured(results, columns):
+    """Return how many results have any of the columns. The metrics of samples are often missing."""
+    return max(len(values_of(results, column.key)) for column in columns)
+
+
+def cell(results, column):
+    """Return a cell of a table: the mean ± the standard deviation of the results."""
+    values = [column.factor * value for value in values_of(results, column.key)]
+    return mean_and_sd(values, column.digits)
 
 
 def mean_and_sd(values, digits):
@@ -279,21 +333,23 @@ def mean_and_sd(values, digits):
     return f"{mean(values):.{digits}f}\u00a0±\u00a0{stdev(values):.{digits}f}"
 
 
-def differences_table():
+def differences(columns):
     """Return a table in Markdown of how the variants differ from the report's network.
 
     A difference counts only if the ranges of the seeds do not overlap.
     """
     reference = load_results(RESULTS / REFERENCE)
-    lines = [["Variant", "n"] + [column.title for column in COMPARED]]
+    lines = [["Variant", "n"] + [column.title for column in columns]]
     lines.append(["---"] * len(lines[0]))
-    for name, title in VARIANTS.items():
+    for name, title in TITLES.items():
+        if name in NOT_COMPARED:
+            continue
         results = load_results(RESULTS / name)
         cells = []
-        for column in COMPARED:
+        for column in columns:
             values = values_of(results, column.key)
             cells.append(difference(values, values_of(reference, column.key)))
-        lines.append([title, str(len(results))] + cells)
+        lines.append([title, str(number_measured(results, columns))] + cells)
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -311,43 +367,108 @@ def difference(values, reference):
     return "–"
 
 
+# --- Numbers on the pages -----------------------------------------------------------------
+
+
+def page_tables():
+    """Return the numbers in the two tables of README.md, a line "first cell: numbers" for each row.
+
+    The numbers are separated by semicolons.
+    """
+    runs32 = load_results(RESULTS / REFERENCE)
+    runs16 = load_results(RESULTS / "latent16")
+    connected = load_results(RESULTS / "fc-latent32")
+    first_loss, _, test_loss, gap, _, _ = LOSSES
+    _, sharpness, _, accuracy = RECONSTRUCTIONS
+    n32 = f"n = {len(runs32)}"
+    n16 = f"n = {len(runs16)}"
+    n_connected = f"n = {len(connected)}"
+    rows = {
+        "loss in later epochs": [cell(runs32, test_loss), n32],
+        "accuracy, 16 latent dimensions": [cell(runs16, accuracy), n16],
+        "accuracy, 32 latent dimensions": [cell(runs32, accuracy), n32],
+        "sharper than a fully connected VAE": [
+            cell(runs32, sharpness),
+            n32,
+            cell(connected, sharpness),
+            n_connected,
+        ],
+        "hardest class": [
+            share_correct(runs16, "Shirt"),
+            n16,
+            share_correct(runs32, "Shirt"),
+            n32,
+        ],
+        "loss in the first epoch": [cell(runs32, first_loss), n32],
+        "loss, later": [cell(runs32, test_loss), n32],
+        "plateau by epoch 100": [fall(runs32, "test_loss", 10), n32],
+        "training and test loss are close": [cell(runs32, gap), n32],
+        "reconstructions: clear edges, blur largely gone": [cell(runs32, sharpness), n32],
+        "Random Forest on 16 latent means": [cell(runs16, accuracy), n16],
+        "Random Forest on 32 latent means": [cell(runs32, accuracy), cell(runs16, accuracy)],
+        "much sharper than a fully connected VAE": [
+            cell(runs32, sharpness),
+            n32,
+            cell(connected, sharpness),
+            n_connected,
+        ],
+    }
+    return "".join(f"{label}: {'; '.join(numbers)}\n" for label, numbers in rows.items())
+
+
 def page_numbers():
-    """Return the measurements in README.md and results/README.md that are in no table."""
+    """Return the numbers in the text of README.md and results/README.md that are in no table."""
     lines = []
-    reference = load_results(RESULTS / REFERENCE)
+    runs32 = load_results(RESULTS / REFERENCE)
+    runs16 = load_results(RESULTS / "latent16")
     for epochs, loss in [(10, "train_loss"), (10, "test_loss"), (50, "test_loss")]:
-        falls = []
-        for result in reference:
-            log = result.run.log
-            falls.append(log[-1 - epochs][loss] - log[-1][loss])
         lines.append(
-            f"{REFERENCE}: {loss} falls in the last {epochs} epochs by {mean_and_sd(falls, 2)}"
+            f"{REFERENCE}: {loss} falls in the last {epochs} epochs by {fall(runs32, loss, epochs)}"
         )
-    for name in (REFERENCE, "latent16"):
-        results = load_results(RESULTS / name)
+    for name, results in [(REFERENCE, runs32), ("latent16", runs16)]:
         for label in ("Shirt", "Sandal"):
-            shares = [100 * result.metrics["recall"][label] for result in results]
-            lines.append(f"{name}: {mean_and_sd(shares, 1)} % of class {label} are correct")
-    first_losses = values_of(reference, "first_train_loss")
-    first_losses += values_of(load_results(RESULTS / "latent16"), "first_train_loss")
+            lines.append(f"{name}: {share_correct(results, label)} % of class {label} are correct")
+    first_losses = values_of(runs32 + runs16, "first_train_loss")
     lines.append(
         f"{len(first_losses)} runs with 16 or 32 latent dimensions: the train loss of epoch 1 is "
         f"{min(first_losses):.1f} to {max(first_losses):.1f}"
     )
-    for column in COMPARED:
-        values = [value * column.factor for value in values_of(reference, column.key)]
+    for column in COMPARED + SAMPLES:
+        values = [column.factor * value for value in values_of(runs32, column.key)]
         low = f"{min(values):.{column.digits}f}"
         high = f"{max(values):.{column.digits}f}"
         lines.append(f"{REFERENCE}: {column.title} is {low} to {high} (n = {len(values)})")
+    # The first seed of β = 0.1 was evaluated on the test set before the others were trained.
+    accuracies = values_of(load_results(RESULTS / "beta0.1"), "accuracy")
+    percentages = [100 * accuracy for accuracy in accuracies]
+    lines.append(f"beta0.1: the accuracies are {', '.join(f'{x:.2f}' for x in percentages)} %")
+    lines.append(f"beta0.1 without its first seed: {mean_and_sd(percentages[1:], 2)} %")
+    metrics = runs32[0].metrics
+    lines.append(
+        f"minimum BCE: {metrics['train_bce_floor']:.2f} nats per training image, "
+        f"{metrics['bce_floor']:.2f} nats per test image, a difference of "
+        f"{metrics['bce_floor'] - metrics['train_bce_floor']:.2f}"
+    )
     return "\n".join(lines)
 
 
-def measure_pixels(root):
+def fall(results, loss, epochs):
+    """Return by how much a loss falls in the last epochs, mean ± standard deviation."""
+    falls = [result.run.log[-1 - epochs][loss] - result.run.log[-1][loss] for result in results]
+    return mean_and_sd(falls, 2)
+
+
+def share_correct(results, label):
+    """Return the percentage of the images of a class that are classified correctly."""
+    return mean_and_sd([100 * result.metrics["recall"][label] for result in results], 1)
+
+
+def measure_pixels(splits):
     """Fit the report's Random Forest on the 784 pixels with random states 0 to 9.
 
     The accuracies on the test set are written to pixels.json.
     """
-    (train_images, train_labels), (test_images, test_labels) = data.load_splits(root)
+    (train_images, train_labels), (test_images, test_labels) = splits
     train_pixels = train_images.flatten(1)
     test_pixels = test_images.flatten(1)
     accuracies = {}
@@ -365,9 +486,9 @@ STYLE = ["default", {"font.size": 14, "axes.titlesize": 15}]
 
 @torch.no_grad()
 @matplotlib.style.context(STYLE)
-def draw_figures(root):
+def draw_figures(splits):
     """Draw the figures that compare runs, and write them to the folder of this script."""
-    (train_images, _), (test_images, test_labels) = data.load_splits(root)
+    (train_images, _), (test_images, test_labels) = splits
     firsts = plots.first_images(test_images, test_labels)
     figures = {
         "hero.png": draw_hero(firsts),
@@ -396,13 +517,17 @@ def draw_hero(firsts):
     """Draw the first test image of each class, and three networks' reconstructions of them."""
     rows = [firsts]
     row_names = ["original"]
-    titles = {"fc-latent32": "fully connected", "latent32": "ConvVAE", "beta0.1": "β = 0.1"}
+    titles = {
+        "fc-latent32": "fully connected",
+        "latent32": "ConvVAE",
+        "beta0.1": "ConvVAE, β\u00a0=\u00a00.1",
+    }
     for name, title in titles.items():
-        model = load_run(RESULTS / name / "seed0").model
+        model = load_network(read_run(RESULTS / name / "seed0"))
         torch.manual_seed(0)
         reconstructions, _, _ = model(firsts)
         rows.append(reconstructions)
-        row_names.append(f"{title} ({1000 * metrics_of_seed_0(name)['mse']:.1f})")
+        row_names.append(f"{title}, MSE\u00a0{1000 * metrics_of_seed_0(name)['mse']:.1f}")
     classes = [name.replace("/", "/\n").replace(" ", "\n") for name in data.CLASSES]
     return enlarge_labels(plots.draw_grid(rows, row_names, classes))
 
@@ -412,7 +537,7 @@ def draw_samples(train_images):
     rows = []
     row_names = []
     for name, beta in [("latent32", "β = 1"), ("beta0.1", "β = 0.1")]:
-        model = load_run(RESULTS / name / "seed0").model
+        model = load_network(read_run(RESULTS / name / "seed0"))
         metrics = metrics_of_seed_0(name)
         torch.manual_seed(0)
         rows.append(model.decode(torch.randn(10, 32)))
@@ -489,7 +614,7 @@ def draw_beta():
     """
     folders = {0.1: "beta0.1", 0.5: "beta0.5", 1: "latent32", 2: "beta2", 4: "beta4"}
     results = {beta: load_results(RESULTS / name) for beta, name in folders.items()}
-    figure = Figure(figsize=(8.8, 4.4), layout="constrained")
+    figure = Figure(figsize=(8.8, 5), layout="constrained")
     axes = figure.subplot_mosaic([["terms", "accuracy"], ["terms", "active"]], width_ratios=[1, 1])
     terms = axes["terms"]
     bce_means = []
@@ -502,7 +627,12 @@ def draw_beta():
         kld_means.append(mean(kld))
         terms.annotate(f"β = {beta}", (mean(bce), mean(kld)), (8, 5), textcoords="offset points")
     terms.plot(bce_means, kld_means, color="C0")
-    terms.set(xlabel="BCE above its minimum, nats", ylabel="KLD, nats", xlim=(0, 62), ylim=(0, 65))
+    terms.set(
+        xlabel="BCE − minimum, nats per image",
+        ylabel="KLD, nats per image",
+        xlim=(0, 62),
+        ylim=(0, 65),
+    )
 
     for axis, key, factor in [
         (axes["accuracy"], "accuracy", 100),
@@ -516,9 +646,10 @@ def draw_beta():
         axis.semilogx(list(results), means, color="C0")
         axis.minorticks_off()
         axis.set_xticks(list(results), list(results))
+        axis.set_xlabel("β (log scale)")
         axis.grid(alpha=0.3)
     axes["accuracy"].set(title="accuracy, %", ylim=(84, 88.5))
-    axes["active"].set(title="active dimensions (of 32)", yticks=(0, 16, 32), xlabel="β")
+    axes["active"].set(title="active dimensions (of 32)", yticks=(0, 16, 32))
     return figure
 
 
@@ -529,8 +660,8 @@ def draw_proposals():
     """
     folders = {
         "the report's network": REFERENCE,
-        "deep": "deep",
-        "deep, cosine": "deep-cosine",
+        "deeper": "deep",
+        "deeper, cosine": "deep-cosine",
         "200 epochs": "epochs200",
         "feature matching": "feature",
         "cosine": "cosine",
@@ -538,15 +669,15 @@ def draw_proposals():
         "128 dimensions": "latent128",
     }
     rows = {title: load_results(RESULTS / name) for title, name in folders.items()}
-    figure = Figure(figsize=(9.6, 4), layout="constrained")
+    figure = Figure(figsize=(9.6, 4.2), layout="constrained")
     axes = figure.subplots(1, 4, sharey=True)
     columns = [
-        ("Test loss ↓", "test_loss", 1),
-        ("MSE × 1000 ↓", "mse", 1000),
-        ("Sharpness ↑", "sharpness_reconstructions", 1),
-        ("Accuracy, % ↑", "accuracy", 100),
+        ("test loss,\nnats per image", "test_loss", 1, (235, 236)),
+        ("MSE × 1000", "mse", 1000, (12, 13)),
+        ("sharpness", "sharpness_reconstructions", 1, (0.53, 0.56)),
+        ("accuracy, %", "accuracy", 100, (86, 87)),
     ]
-    for axis, (title, key, factor) in zip(axes, columns):
+    for axis, (title, key, factor, ticks) in zip(axes, columns):
         values = {}
         for label, results in rows.items():
             values[label] = [factor * value for value in values_of(results, key)]
@@ -554,7 +685,7 @@ def draw_proposals():
         axis.axvspan(min(reference), max(reference), color="0.87")
         draw_dots(axis, values)
         axis.set_title(title, fontsize=14)
-        axis.locator_params(axis="x", nbins=2)
+        axis.set_xticks(ticks)
         axis.margins(x=0.15)
         axis.tick_params(axis="y", length=0)
     return figure
@@ -563,42 +694,49 @@ def draw_proposals():
 def draw_accuracy():
     """Draw the test accuracy of the Random Forest on several features.
 
-    Each dot is a training run. For PCA, it is a single Random Forest; for pixels, it is a random
-    state of the Random Forest.
+    Each dot is a training run of a network. On PCA and pixels, which need no network, each dot is a
+    Random Forest.
     """
-    rows = {}
+    forests = {}
     for latent_dim in (16, 32):
-        accuracy = metrics_of_seed_0(f"latent{latent_dim}")["baselines"]["pca"]
-        rows[f"PCA, {latent_dim}"] = [accuracy]
+        path = RESULTS / f"latent{latent_dim}" / "seed0" / BASELINES
+        forests[f"PCA, {latent_dim}"] = [read(path, json.loads)["pca"]]
+    forests["784 pixels"] = read(RESULTS / "pixels.json", json.loads).values()
     folders = {
         "fully connected, 32": "fc-latent32",
         "ConvVAE, 16": "latent16",
         "ConvVAE, 32": "latent32",
         "β = 0.1, 32": "beta0.1",
-        "from a search, 32": "best32",
-        "from a search, 64": "best64",
+        "from the search, 32": "best32",
+        "from the search, 64": "best64",
     }
+    networks = {}
     for title, name in folders.items():
-        rows[title] = values_of(load_results(RESULTS / name), "accuracy")
-    rows["784 pixels"] = json.loads((RESULTS / "pixels.json").read_bytes()).values()
-    figure = Figure(figsize=(8.8, 4.2), layout="constrained")
+        networks[title] = values_of(load_results(RESULTS / name), "accuracy")
+    rows = {}
+    for title, accuracies in {**networks, **forests}.items():
+        rows[title] = [100 * accuracy for accuracy in accuracies]
+    figure = Figure(figsize=(8.8, 4.6), layout="constrained")
     axis = figure.subplots()
-    percentages = {}
-    for title, accuracies in rows.items():
-        percentages[title] = [100 * accuracy for accuracy in accuracies]
-    draw_dots(axis, percentages)
+    draw_dots(axis, rows, colors=["C0"] * len(networks) + ["C1"] * len(forests))
     axis.axvline(84.01, color="0.4", linestyle="--")
-    axis.text(84.06, len(rows) - 1, "the report, 16 dimensions", color="0.4", va="center")
-    axis.set_xlabel("accuracy, %")
+    axis.set_title("  the report, 16 dimensions: 84.01 %", loc="left", fontsize=14, color="0.4")
+    axis.set_xlabel("accuracy, %   (blue: networks, orange: Random Forests without a network)")
     return figure
 
 
-def draw_dots(axis, rows):
-    """Draw {title: values} as rows of dots, the first row at the top."""
+def draw_dots(axis, rows, colors=None):
+    """Draw {title: values} as rows of dots, the first row at the top.
+
+    The dots of a row are a little above each other, so that equal values can be seen.
+    """
     for y, values in enumerate(rows.values()):
-        axis.plot(values, [y] * len(values), "o", color="C0", alpha=0.6)
+        spread = 0.04 * min(len(values) - 1, 8)
+        heights = torch.linspace(y - spread, y + spread, len(values)).tolist()
+        color = colors[y] if colors else "C0"
+        axis.plot(list(values), heights, "o", color=color, alpha=0.6, markersize=5)
     axis.set_yticks(range(len(rows)), list(rows))
-    axis.set_ylim(len(rows) - 0.5, -0.5)
+    axis.set_ylim(len(rows) - 0.4, -0.6)
     axis.grid(axis="x", alpha=0.3)
 
 
