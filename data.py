@@ -9,7 +9,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch.nn.functional as F
+from PIL import Image, ImageOps
 from torchvision.datasets import FashionMNIST
+from torchvision.transforms.functional import pil_to_tensor
 
 # The names of the labels 0, 1, 2, … Another data set needs its own names here, in letters that
 # matplotlib's font has. The figures have ten colors, so they can tell ten classes apart.
@@ -106,7 +109,7 @@ def fetch(root):
     not the default one.
     """
     if root != DEFAULT_ROOT and not root.is_dir():
-        raise UserError(f"There is no folder {root}. Create it, and the data are fetched into it.")
+        raise UserError(f"There is no folder {root}. To fetch Fashion-MNIST into it, create it.")
     raw = root / "FashionMNIST" / "raw"
     print(f"Fetching Fashion-MNIST into {raw} …", file=sys.stderr, flush=True)
     try:
@@ -137,6 +140,44 @@ def check_split(images, labels):
         raise ValueError(f"images {list(images.shape)} for {len(labels)} labels, not [N, 28, 28]")
     if labels.max() >= len(CLASSES):
         raise ValueError(f"a label is {labels.max()}, but there are {len(CLASSES)} classes")
+
+
+def read_picture(path):
+    """Return a picture of a piece of clothing as an image like those of Fashion-MNIST.
+
+    The picture shows one object on a plain background, light or dark. The result is [1, 1, 28, 28]
+    float32 in [0, 1]: the object is bright on black, and its longer side has 28 pixels. This is how
+    Fashion-MNIST was made (Xiao et al., 2017, section 2), except that we do not sharpen. Raises
+    OSError if the file is not a picture, and ValueError if it shows no object.
+    """
+    picture = ImageOps.exif_transpose(Image.open(path))
+    if picture.mode.startswith("I"):  # gray values of 16 bits
+        gray = pil_to_tensor(picture)[0].float() / 257
+    else:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        flat = Image.alpha_composite(white, picture)  # transparent pixels become white
+        gray = pil_to_tensor(flat.convert("L"))[0].float()
+    if gray[0, 0] < 128:
+        gray = 255 - gray  # now the background is light, as in a shop's photo
+
+    # Trim to the pixels that differ from the background by more than 5 %.
+    background = gray[0, 0].item()
+    differs = (gray - background).abs() > 0.05 * 255
+    if not differs.any():
+        raise ValueError(f"{path} shows no object: all of it looks like its top left corner")
+    rows = differs.any(dim=1).nonzero()
+    columns = differs.any(dim=0).nonzero()
+    gray = gray[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+
+    # Scale the longer side to 28 pixels, and pad the shorter one.
+    scale = 28 / max(gray.shape)
+    height, width = (max(1, round(scale * side)) for side in gray.shape)
+    image = F.interpolate(gray[None, None], (height, width), mode="bilinear", antialias=True)
+    top = (28 - height) // 2
+    left = (28 - width) // 2
+    image = F.pad(image, (left, 28 - width - left, top, 28 - height - top), value=background)
+    return (1 - image / 255).clamp(0, 1)
 
 
 # --- Writing files ------------------------------------------------------------------------

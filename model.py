@@ -247,8 +247,8 @@ def load_network(run):
     path = run.path / WEIGHTS
     if not path.exists():
         raise UserError(
-            f"There are no weights in {run.path}. To train the network again, give train.py the "
-            f"options in {run.path / CONFIG}, and another folder."
+            f"{run.path} has no {WEIGHTS}. To train the network again, give train.py the options "
+            f"in its {CONFIG}, and another folder with --run."
         )
     return read(path, parse_weights)
 

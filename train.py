@@ -56,9 +56,10 @@ def main():
 
     log, saved = resume(args.run, config, model, optimizer)
     if len(log) >= args.epochs:
-        print(f"{args.run} is finished: {len(log)} epochs.")
+        advice = ""
         if args.lr_scheduler != "cosine":
-            print("To train it further, give more --epochs.")
+            advice = " To train it further, give more --epochs."
+        print(f"{args.run} is finished: {len(log)} epochs.{advice}")
         return
     train_images = train_images.to(device)
     test_images = test_images.to(device)

@@ -85,7 +85,7 @@ def report_loop(root, epochs):
     Print the seconds of each epoch, which include training and testing.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    train, test = data.load_splits(root)
+    (train, test), _ = data.load_splits(root)
     train_loader = DataLoader(
         ImageByImage(*train),
         batch_size=128,
@@ -151,14 +151,14 @@ def main():
     )
     parser.add_argument(
         "--pairs",
-        type=int,
+        type=data.positive_int,
         metavar="N",
         default=3,
         help="number of times that both are timed (default: %(default)s)",
     )
     parser.add_argument(
         "--epochs",
-        type=int,
+        type=data.positive_int,
         metavar="N",
         default=2,
         help="number of epochs each time (default: %(default)s)",
@@ -168,7 +168,7 @@ def main():
         type=data.folder,
         metavar="DIR",
         default=data.DEFAULT_ROOT,
-        help="folder with the four files of Fashion-MNIST (default: %(default)s)",
+        help="folder of Fashion-MNIST (default: %(default)s)",
     )
     parser.add_argument(
         "--only-report", action="store_true", help="time only the report's training loop"
@@ -177,7 +177,7 @@ def main():
     if args.only_report:
         report_loop(args.data, args.epochs)
         return
-    data.load_splits(args.data)  # downloads the data set if it is missing
+    data.load_splits(args.data)  # fetches the data set if it is missing
     ratios = []
     for pair in range(1, args.pairs + 1):
         report_seconds = time_report_loop(args.data, args.epochs)
