@@ -275,7 +275,8 @@ def tables(folder):
         results = [Result(None, {"accuracy": accuracy}) for accuracy in accuracies]
         baselines["pixels, random states 0 to 9", 784] = results
     rows += sorted(baselines.items())
-    return "\n".join(table(rows, columns) for columns in (LOSSES, RECONSTRUCTIONS, SAMPLES))
+    all_tables = [table(rows, columns) for columns in (LOSSES, RECONSTRUCTIONS, SAMPLES)]
+    return "\n".join(text for text in all_tables if text)
 
 
 def baseline_rows(run):
@@ -297,7 +298,7 @@ def baseline_rows(run):
 
 
 def table(rows, columns):
-    """Return a table in Markdown.
+    """Return a table in Markdown, or "" if it has no rows.
 
     `rows` are ((title, dimensions), results). A cell is the mean ± the standard deviation over the
     n results that have any of the columns. Rows without such results are left out.
@@ -309,6 +310,8 @@ def table(rows, columns):
         cells = [cell(results, column) for column in columns]
         if n > 0:
             lines.append([title, str(dimensions), str(n)] + cells)
+    if len(lines) == 2:
+        return ""
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -383,35 +386,25 @@ def page_tables():
     n32 = f"n = {len(runs32)}"
     n16 = f"n = {len(runs16)}"
     n_connected = f"n = {len(connected)}"
+    sharpness32 = cell(runs32, sharpness)
+    sharpness_connected = cell(connected, sharpness)
+    accuracy16 = cell(runs16, accuracy)
+    accuracy32 = cell(runs32, accuracy)
+    shirts = [share_correct(runs16, "Shirt"), n16, share_correct(runs32, "Shirt"), n32]
     rows = {
-        "loss in later epochs": [cell(runs32, test_loss), n32],
-        "accuracy, 16 latent dimensions": [cell(runs16, accuracy), n16],
-        "accuracy, 32 latent dimensions": [cell(runs32, accuracy), n32],
-        "sharper than a fully connected VAE": [
-            cell(runs32, sharpness),
-            n32,
-            cell(connected, sharpness),
-            n_connected,
-        ],
-        "hardest class": [
-            share_correct(runs16, "Shirt"),
-            n16,
-            share_correct(runs32, "Shirt"),
-            n32,
-        ],
-        "loss in the first epoch": [cell(runs32, first_loss), n32],
-        "loss, later": [cell(runs32, test_loss), n32],
-        "plateau by epoch 100": [fall(runs32, "test_loss", 10), n32],
-        "training and test loss are close": [cell(runs32, gap), n32],
-        "reconstructions: clear edges, blur largely gone": [cell(runs32, sharpness), n32],
-        "Random Forest on 16 latent means": [cell(runs16, accuracy), n16],
-        "Random Forest on 32 latent means": [cell(runs32, accuracy), cell(runs16, accuracy)],
-        "much sharper than a fully connected VAE": [
-            cell(runs32, sharpness),
-            n32,
-            cell(connected, sharpness),
-            n_connected,
-        ],
+        "test loss after 100 epochs": [cell(runs32, test_loss), n32],
+        "accuracy, 16 latent dimensions": [accuracy16, n16],
+        "accuracy, 32 latent dimensions": [accuracy32, n32],
+        "sharper than a fully connected VAE": [sharpness32, n32, sharpness_connected, n_connected],
+        "hardest class": shirts,
+        "loss in the first epoch": [cell(runs32, first_loss)],
+        "loss in later epochs": [cell(runs32, test_loss)],
+        "plateau by epoch 100": [fall(runs32, "test_loss", 10)],
+        "training and test loss are close": [cell(runs32, gap)],
+        "reconstructions: clear edges, blur largely gone": [sharpness32],
+        "accuracy with 16 latent dimensions": [accuracy16],
+        "accuracy with 32 is similar or higher": [accuracy32, accuracy16],
+        "much sharper than a fully connected VAE": [sharpness32, sharpness_connected],
     }
     return "".join(f"{label}: {'; '.join(numbers)}\n" for label, numbers in rows.items())
 
