@@ -241,42 +241,45 @@ def values_of(results, key):
 
 
 def tables(folder):
-    """Return the tables of all evaluated runs in `folder`/<name>/seed<n>, in Markdown.
+    """Return the tables of all evaluated runs in `folder`/<name>/seed<n>, in Markdown."""
+    rows = load_rows(folder)
+    all_tables = [table(rows, columns) for columns in (LOSSES, RECONSTRUCTIONS, SAMPLES)]
+    return "\n".join(text for text in all_tables if text)
 
-    Each <name> has a row. The baselines that classify.py --baselines has measured have rows of
-    their own, at the end. Raises UserError if there are no runs, if the runs of a row differ in
-    more than their seeds, or if the rows were trained on different data.
+
+def load_rows(folder):
+    """Return the rows of the tables, a list of ((title, dimensions), results).
+
+    Each folder of runs is a row. The baselines have rows of their own, at the end. Raises UserError
+    if there are no evaluated runs, or if two folders have runs on different data.
     """
     titles = {RESULTS: TITLES, RESULTS / "search": SEARCH_TITLES}.get(folder.resolve(), {})
     names = {path.parent.parent.name for path in folder.glob(f"*/seed*/{CLASSIFICATION}")}
-    in_order = [name for name in titles if name in names] + sorted(names - titles.keys())
     rows = []
     baselines = {}
-    for name in in_order:
+    first_run = None
+    for name in [name for name in titles if name in names] + sorted(names - titles.keys()):
         results = load_results(folder / name)
-        if results:
-            config = results[0].run.config
-            rows.append(((titles.get(name, name), config["latent_dim"]), results))
+        if not results:
+            continue
+        run = results[0].run
+        first_run = first_run or run
+        if run.config["data_sha256"] != first_run.config["data_sha256"]:
+            raise UserError(f"{first_run.path} and {run.path} were trained on different data.")
+        rows.append(((titles.get(name, name), run.config["latent_dim"]), results))
+        for result in results:
             # Baselines do not depend on the network, so those of one run stand for all.
-            for result in results:
-                baselines.update(baseline_rows(result.run))
+            baselines.update(baseline_rows(result.run))
     if not rows:
         raise UserError(
             f"{folder} has no evaluated runs in <name>/seed<n>. Evaluate runs with classify.py "
             "first."
         )
-    first_run = rows[0][1][0].run
-    for _, results in rows:
-        run = results[0].run
-        if run.config["data_sha256"] != first_run.config["data_sha256"]:
-            raise UserError(f"{first_run.path} and {run.path} were trained on different data.")
     if (folder / "pixels.json").exists():
         accuracies = read(folder / "pixels.json", json.loads).values()
         results = [Result(None, {"accuracy": accuracy}) for accuracy in accuracies]
         baselines["pixels, random states 0 to 9", 784] = results
-    rows += sorted(baselines.items())
-    all_tables = [table(rows, columns) for columns in (LOSSES, RECONSTRUCTIONS, SAMPLES)]
-    return "\n".join(text for text in all_tables if text)
+    return rows + sorted(baselines.items())
 
 
 def baseline_rows(run):
@@ -285,15 +288,17 @@ def baseline_rows(run):
     if not path.exists():
         return {}
     baselines = read(path, json.loads)
+    hold_out = run.config["hold_out"]
+    suffix = f", validation split of {hold_out}" if hold_out else ""
     rows = {
-        ("PCA", run.config["latent_dim"]): [Result(None, {"accuracy": baselines["pca"]})],
-        ("pixels", 784): [Result(None, {"accuracy": baselines["pixels"]})],
+        (f"PCA{suffix}", run.config["latent_dim"]): [Result(None, {"accuracy": baselines["pca"]})],
+        (f"pixels{suffix}", 784): [Result(None, {"accuracy": baselines["pixels"]})],
     }
     if "training_images" in baselines:
         metrics = {}
         for name, value in baselines["training_images"].items():
             metrics[f"{name}_samples"] = value
-        rows["training images", 784] = [Result(None, metrics)]
+        rows[f"training images{suffix}", 784] = [Result(None, metrics)]
     return rows
 
 
