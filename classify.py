@@ -59,7 +59,7 @@ def main():
     pca = fit_pca(train_images, 50)
     mixture_z = sample_mixture(model, train_images, len(test_images))
     metrics = evaluate(model, test_images, mixture_z, pca)
-    # This minimum is lower than that of the test images (bce_floor), which explains part of the gap
+    # This minimum is lower than that of the test images (bce_floor), which explains most of the gap
     # between the test and the training loss.
     metrics["train_bce_floor"] = minimum_bce(train_images)
     metrics["active_dimensions"] = active_dimensions(test_mu)
@@ -80,10 +80,10 @@ def main():
         "confusion_matrix": matrix.tolist(),
         **metrics,
     }
-    data.write_bytes(run.path / CLASSIFICATION, data.json_bytes(classification))
     if args.baselines:
         baselines = measure_baselines(train, test, run.config["latent_dim"], pca)
         data.write_bytes(run.path / BASELINES, data.json_bytes(baselines))
+    data.write_bytes(run.path / CLASSIFICATION, data.json_bytes(classification))
 
 
 # --- Classification -----------------------------------------------------------------------
@@ -134,9 +134,9 @@ def measure_baselines(train, test, latent_dim, pca):
     pixels_accuracy = forest.score(test_pixels, test_labels)
     print(f"Random Forest on pixels: {pixels_accuracy * 100:.2f}%")
 
-    latent_pca = fit_pca(train_images, latent_dim)
-    forest = fit_forest(latent_pca.transform(train_pixels), train_labels)
-    pca_accuracy = forest.score(latent_pca.transform(test_pixels), test_labels)
+    pixel_pca = fit_pca(train_images, latent_dim)
+    forest = fit_forest(pixel_pca.transform(train_pixels), train_labels)
+    pca_accuracy = forest.score(pixel_pca.transform(test_pixels), test_labels)
     print(f"Random Forest on {latent_dim} principal components: {pca_accuracy * 100:.2f}%")
 
     return {

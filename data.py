@@ -42,7 +42,7 @@ class UserError(Exception):
 
 
 def load_splits(root, hold_out=0):
-    """Return the two splits of Fashion-MNIST (Xiao et al., 2017), and a checksum of its files.
+    """Return the two splits of Fashion-MNIST (Xiao et al., 2017), and the checksum of both.
 
     The result is ((train_images, train_labels), (test_images, test_labels)), sha256. Images are
     [N, 1, 28, 28] float32 in [0, 1], the gray value divided by 255. Labels are [N] int64, indices
@@ -57,14 +57,14 @@ def load_splits(root, hold_out=0):
     raw = root / "FashionMNIST" / "raw"
     if not has_files(root):
         fetch(root)
-    sha256 = hashlib.sha256()
+    checksum = hashlib.sha256()
     splits = []
     try:
         for is_train in (True, False):
             dataset = FashionMNIST(root, train=is_train)
             check_split(dataset.data, dataset.targets)
-            sha256.update(dataset.data.numpy().tobytes())
-            sha256.update(dataset.targets.byte().numpy().tobytes())
+            checksum.update(dataset.data.numpy().tobytes())
+            checksum.update(dataset.targets.byte().numpy().tobytes())
             images = dataset.data.unsqueeze(1).float().div_(255)
             splits.append((images, dataset.targets))
     except Exception as error:  # damaged files can cause almost any error
@@ -72,7 +72,7 @@ def load_splits(root, hold_out=0):
             f"The four files of Fashion-MNIST cannot be read from {raw} ({reason(error)}). They "
             "must be unpacked (no .gz). Nothing is downloaded into a folder that has files."
         ) from error
-    sha256 = sha256.hexdigest()
+    sha256 = checksum.hexdigest()
 
     if hold_out:
         images, labels = splits[0]

@@ -254,7 +254,7 @@ def load_network(run):
 
 
 def load_run_data(run, root):
-    """Return the training and the test split of a Run, as `data.load_splits` does.
+    """Return the training and the test split of a Run, as in `data.load_splits`, from `root`.
 
     Raises UserError if the data in `root` are not those on which the run was trained.
     """
@@ -378,8 +378,7 @@ def sample_mixture(model, images, n):
     This estimates where the latent codes of images lie (Ghosh et al., 2020). The mixture has at
     most 50 Gaussians with full covariances, fitted to the first 10,000 images, as chosen in
     results/mixture.txt. Each Gaussian needs 6 * latent_dim different latent means, so there are
-    fewer Gaussians with more than 33 latent dimensions or with few images. With more than 128
-    latent dimensions, the covariances are diagonal, and 6 latent means per Gaussian are enough.
+    fewer Gaussians with more than 33 latent dimensions or with few images.
 
     The codes are in the order of the Gaussians, so the first ones alone are not a fair sample.
     """
@@ -387,21 +386,9 @@ def sample_mixture(model, images, n):
     from sklearn.mixture import GaussianMixture
 
     mu = latent_means(model, images[:10_000]).double()
-    latent_dim = mu.shape[1]
-    different_means = len(mu.unique(dim=0))
-    if latent_dim <= 128:
-        covariance_type = "full"
-        max_gaussians = different_means // (6 * latent_dim)
-    else:
-        # The time for full covariances grows with the cube of the dimensions.
-        covariance_type = "diag"
-        max_gaussians = different_means // 6
-    mixture = GaussianMixture(
-        n_components=min(50, max(1, max_gaussians)),
-        covariance_type=covariance_type,
-        tol=0.03,
-        random_state=42,
-    )
+    max_gaussians = len(mu.unique(dim=0)) // (6 * mu.shape[1])
+    n_components = min(50, max(1, max_gaussians))
+    mixture = GaussianMixture(n_components, tol=0.03, random_state=42)
     z, _ = mixture.fit(mu).sample(n)
     return torch.tensor(z).float()
 
@@ -420,14 +407,15 @@ class TransposedConv2d(nn.ConvTranspose2d):
 
     def forward(self, x):
         """Return [N, out_channels, H', W'] for x [N, in_channels, H, W]."""
-        use_own_kernel = (
+        # Autocast and ONNX export know only PyTorch's public function.
+        use_fast_kernel = (
             self.out_channels == 1
             and x.device.type == "cpu"
             and x.dtype == torch.float32
-            and not torch.is_autocast_enabled("cpu")  # which computes in bfloat16
-            and not torch.onnx.is_in_onnx_export()  # ONNX does not have this kernel
+            and not torch.is_autocast_enabled("cpu")
+            and not torch.onnx.is_in_onnx_export()
         )
-        if use_own_kernel:
+        if use_fast_kernel:
             y = torch.ops.aten.slow_conv_transpose2d(
                 x,
                 self.weight,

@@ -2,7 +2,6 @@
 
 import io
 import sys
-import textwrap
 
 import torch
 from matplotlib.figure import Figure
@@ -191,7 +190,7 @@ def draw_grid(rows, row_names=(), titles=()):
             axis.imshow(image[0].numpy(), cmap="gray", vmin=0, vmax=1)
             axis.set(xticks=[], yticks=[])
     for axis, name in zip(axes[:, 0], row_names):
-        axis.set_ylabel(textwrap.fill(name, 14), fontsize=11)
+        axis.set_ylabel(name, fontsize=11)
     for axis, title in zip(axes[0], titles):
         axis.set_title(title, fontsize=11)
     return figure

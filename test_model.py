@@ -1552,22 +1552,11 @@ class FirstPixels(nn.Module):
         return x.flatten(1)[:, : self.latent_dim], None
 
 
-@pytest.mark.parametrize(
-    "n, latent_dim, gaussians, covariance_type",
-    [
-        (599, 8, 12, "full"),
-        (12_000, 2, 50, "full"),
-        (40, 8, 1, "full"),
-        (800, 128, 1, "full"),
-        (700, 129, 50, "diag"),
-    ],
-)
-def test_mixture_has_at_most_a_gaussian_for_six_means_per_dimension(
-    n, latent_dim, gaussians, covariance_type
-):
+@pytest.mark.parametrize("n, latent_dim, gaussians", [(599, 8, 12), (12_000, 2, 50), (40, 8, 1)])
+def test_mixture_has_at_most_a_gaussian_for_six_means_per_dimension(n, latent_dim, gaussians):
     images = torch.rand(n, 1, 28, 28)
     mu = images.flatten(1)[:10_000, :latent_dim].double()
-    mixture = GaussianMixture(gaussians, covariance_type=covariance_type, tol=0.03, random_state=42)
+    mixture = GaussianMixture(gaussians, tol=0.03, random_state=42)
     expected, _ = mixture.fit(mu).sample(5)
     z = networks.sample_mixture(FirstPixels(latent_dim), images, 5)
     torch.testing.assert_close(z, torch.tensor(expected).float())
@@ -1910,13 +1899,13 @@ def test_published_figures_and_pixels_are_those_of_fashion_mnist(other, option, 
 
 def test_a_difference_counts_only_if_the_ranges_do_not_overlap():
     reference = [1.0, 2.0, 3.0]
-    assert summary.difference([0.1, 0.9], reference) == "lower"
-    assert summary.difference([3.1, 4.0], reference) == "higher"
-    assert summary.difference([0.1, 1.0], reference) == "–"
-    assert summary.difference([3.0, 9.0], reference) == "–"
-    assert summary.difference([0.1, 9.0], reference) == "–"
-    assert summary.difference([], reference) == ""
-    assert summary.difference([1.0], []) == ""
+    assert summary.difference([0.1, 0.9, 0.2], reference) == "lower"
+    assert summary.difference([3.1, 4.0, 5.0], reference) == "higher"
+    assert summary.difference([0.1, 1.0, 0.2], reference) == "–"
+    assert summary.difference([3.0, 9.0, 8.0], reference) == "–"
+    # Two seeds are too few to tell.
+    assert summary.difference([0.1, 0.9], reference) == ""
+    assert summary.difference(reference, []) == ""
 
 
 def test_published_runs_have_one_form():

@@ -54,7 +54,7 @@ def main():
     if args.feature_run:
         feature_model = load_network(read_run(args.feature_run)).requires_grad_(False).to(device)
 
-    log, saved = resume(args.run, config, model, optimizer)
+    log, state_bytes = resume(args.run, config, model, optimizer)
     if len(log) >= args.epochs:
         advice = ""
         if args.lr_scheduler != "cosine":
@@ -72,13 +72,13 @@ def main():
         # are recorded, too. If beta changed during training, it would have to be a tensor, as the
         # learning rate is.
         step = CapturedStep(step, args.batch_size)
-    # torch.__version__ is not a plain string, and torch.load would refuse it in state.pth.
+    # These two are added only now, because a run may be resumed on another machine. The version is
+    # not a plain string, and torch.load would refuse it in state.pth.
     config["torch"] = str(torch.__version__)
     config["device"] = describe_device(device)
     name = type(model).__name__
     print(f"{name} on {config['device']}, epochs {len(log) + 1} to {args.epochs}", flush=True)
 
-    previous_end = time.perf_counter()
     for epoch in range(len(log) + 1, args.epochs + 1):
         start = time.perf_counter()
         # Each epoch has a seed of its own, so a resumed run needs no saved random state.
@@ -94,11 +94,9 @@ def main():
         row["seconds"] = time.perf_counter() - start
         stop_unless_finite(row)
         log.append(row)
-        saved = save(args.run, saved, config, model, optimizer, log)
+        state_bytes = save(args.run, state_bytes, config, model, optimizer, log)
 
-        end = time.perf_counter()
-        left = timedelta(seconds=round((end - previous_end) * (args.epochs - epoch)))
-        previous_end = end
+        left = timedelta(seconds=round(row["seconds"] * (args.epochs - epoch)))
         print(
             f"Epoch {epoch}: Train loss {row['train_loss']:.2f}, "
             f"Test loss {row['test_loss']:.2f}, {row['seconds']:.2f} s, {left} left",
@@ -168,14 +166,14 @@ def feature_matching_loss(feature_model, reconstruction, images):
     """Return the feature-matching loss of a batch: the squared distance of features.
 
     It compares reconstructions with images, and is summed over the hidden layers of the encoder of
-    a trained VAE, `feature_model`. This is the perceptual loss of Hou et al. (2017), who use the
-    VGG network instead.
+    a trained VAE, `feature_model`. This is like the perceptual loss of Hou et al. (2017), with a
+    VAE's encoder in place of the VGG network.
     """
     distance = 0
     reconstruction_features = feature_model.features(reconstruction)
     image_features = feature_model.features(images)
-    for found, wanted in zip(reconstruction_features, image_features):
-        distance = distance + F.mse_loss(found, wanted, reduction="sum")
+    for reconstructed, original in zip(reconstruction_features, image_features):
+        distance = distance + F.mse_loss(reconstructed, original, reduction="sum")
     return distance
 
 
@@ -220,9 +218,10 @@ def learning_rate(args, log):
     """Return the learning rate of the next epoch.
 
     "cosine" falls from --lr to 0 over --epochs. "plateau" divides the learning rate by 10 after
-    more than ten epochs in a row without progress, as is PyTorch's default. It watches BCE +
-    beta * KLD on the training images, without the feature-matching loss, which the log does not
-    have. The scheduler is replayed from the log, so its state need not be saved.
+    more than ten epochs in a row in which the loss was not 0.01 % below its minimum, as are
+    PyTorch's defaults. It watches BCE + beta * KLD on the training images, without the
+    feature-matching loss, which the log does not have. The scheduler is replayed from the log, so
+    its state need not be saved.
     """
     if args.lr_scheduler == "constant":
         return args.lr
@@ -292,7 +291,7 @@ def check_same_config(path, before, config):
         raise UserError(f"{path} was trained {difference}. Choose another folder with --run.")
 
 
-def load_optimizer_state(optimizer, saved):
+def load_optimizer_state(optimizer, adam_state):
     """Load the state of Adam, {number of the parameter: its state}, as state.pth has it.
 
     Fused Adam ignores strides, and the run may have begun on another device. So the state is
@@ -300,7 +299,7 @@ def load_optimizer_state(optimizer, saved):
     """
     parameters = optimizer.param_groups[0]["params"]
     state = {}
-    for number, values in saved.items():
+    for number, values in adam_state.items():
         state[number] = {"step": values["step"]}
         for name in ("exp_avg", "exp_avg_sq"):
             state[number][name] = torch.empty_like(parameters[number]).copy_(values[name])
@@ -336,7 +335,7 @@ def save(path, previous, config, model, optimizer, log):
 def export(path, config, weights, log):
     """Write the files that the other scripts read: the weights, losses.csv and config.json."""
     # The weights come before the log, because classification.json is compared with the log. So if
-    # this is interrupted, classify.py never measures older weights than the log tells it.
+    # this is interrupted, classify.py never measures older weights than the log says.
     data.write_bytes(path / WEIGHTS, tensor_bytes(weights))
     data.write_bytes(path / LOG, log_bytes(log))
     data.write_bytes(path / CONFIG, data.json_bytes(config))

@@ -49,9 +49,9 @@ def main():
     accuracies.update(measure_other_forests(train, test))
     for name, accuracy in accuracies.items():
         print(f"{name}: {100 * accuracy:.2f} %")
-    data.write_bytes(RESULTS / "deviations.json", data.json_bytes(accuracies))
     comparison = compare_with_pixels(train, test)
     print(comparison)
+    data.write_bytes(RESULTS / "deviations.json", data.json_bytes(accuracies))
     data.write_bytes(RESULTS / "mcnemar.json", data.json_bytes(comparison))
 
 

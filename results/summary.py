@@ -39,42 +39,38 @@ from model import (
 
 
 class Column(NamedTuple):
-    """A column of a table. Cells are values of `key`, multiplied by `factor`."""
+    """A column of a table. Its cells are values of a metric, multiplied by `factor`."""
 
     title: str
-    key: str
     factor: float
     digits: int  # after the decimal point
 
 
-LOSSES = [
-    Column("Train loss, epoch 1", "first_train_loss", 1, 1),
-    Column("Train loss", "train_loss", 1, 2),
-    Column("Test loss", "test_loss", 1, 2),
-    Column("Test − train", "gap", 1, 2),
-    Column("BCE − minimum", "excess_bce", 1, 2),
-    Column("KLD", "kld", 1, 2),
-]
-RECONSTRUCTIONS = [
-    Column("MSE × 1000", "mse", 1000, 2),
-    Column("Sharpness", "sharpness_reconstructions", 1, 3),
-    Column("Active dimensions", "active_dimensions", 1, 1),
-    Column("Accuracy, %", "accuracy", 100, 2),
-]
-SAMPLES = [
-    Column("Fréchet", "frechet_samples", 1, 2),
-    Column("Precision", "precision_samples", 1, 2),
-    Column("Recall", "recall_samples", 1, 2),
-    Column("Fréchet, mixture", "frechet_mixture_samples", 1, 2),
-    Column("Precision, mixture", "precision_mixture_samples", 1, 2),
-    Column("Recall, mixture", "recall_mixture_samples", 1, 2),
-]
-COMPARED = [
-    Column("Test loss", "test_loss", 1, 2),
-    Column("BCE", "bce", 1, 2),
-    Column("KLD", "kld", 1, 2),
-    *RECONSTRUCTIONS,
-]
+# The columns by their metric.
+COLUMNS = {
+    "first_train_loss": Column("Train loss, epoch 1", 1, 1),
+    "train_loss": Column("Train loss", 1, 2),
+    "test_loss": Column("Test loss", 1, 2),
+    "gap": Column("Test − train", 1, 2),
+    "bce": Column("BCE", 1, 2),
+    "excess_bce": Column("BCE − minimum", 1, 2),
+    "kld": Column("KLD", 1, 2),
+    "mse": Column("MSE × 1000", 1000, 2),
+    "sharpness_reconstructions": Column("Sharpness", 1, 3),
+    "active_dimensions": Column("Active dimensions", 1, 1),
+    "accuracy": Column("Accuracy, %", 100, 2),
+    "frechet_samples": Column("Fréchet", 1, 2),
+    "precision_samples": Column("Precision", 1, 2),
+    "recall_samples": Column("Recall", 1, 2),
+    "frechet_mixture_samples": Column("Fréchet, mixture", 1, 2),
+    "precision_mixture_samples": Column("Precision, mixture", 1, 2),
+    "recall_mixture_samples": Column("Recall, mixture", 1, 2),
+}
+# The columns of each table.
+LOSSES = ["first_train_loss", "train_loss", "test_loss", "gap", "excess_bce", "kld"]
+RECONSTRUCTIONS = ["mse", "sharpness_reconstructions", "active_dimensions", "accuracy"]
+SAMPLES = [name for name in COLUMNS if name.endswith("_samples")]
+COMPARED = ["test_loss", "bce", "kld", *RECONSTRUCTIONS]
 
 # The rows of the tables, in their order: folders of runs, and what they are called.
 TITLES = {
@@ -190,7 +186,7 @@ class Result(NamedTuple):
 def load_results(folder):
     """Return the Result of each evaluated run in `folder`/seed<n>, in the order of the seeds.
 
-    Runs that were not evaluated after their last epoch are left out, with a warning. Raises
+    Runs that were trained further after their evaluation are left out, with a warning. Raises
     UserError if the runs differ in more than their seeds.
     """
     results = []
@@ -214,121 +210,144 @@ def seed_of(result):
 
 
 def check_only_seeds_differ(run, other):
-    """Raise UserError unless two runs have different seeds, and are the same in all else."""
-    difference = None
+    """Raise UserError, naming the first difference, unless two runs differ in their seeds only."""
+    differences = []
     if run.config["seed"] == other.config["seed"]:
-        difference = "the same seed"
-    if len(run.log) != len(other.log):
-        difference = "different numbers of epochs in their logs"
+        differences.append("the same seed")
     for name, value in run.config.items():
         # The seeds differ on purpose, and the runs of a row may come from different machines.
         is_compared = name in other.config and name not in ("seed", "torch", "device")
         if is_compared and value != other.config[name]:
-            difference = f"different values of {name} in their configs"
-    if difference:
+            differences.append(f"different values of {name} in their configs")
+    if len(run.log) != len(other.log):
+        differences.append("different numbers of epochs in their logs")
+    if differences:
         raise UserError(
-            f"{run.path} and {other.path} have {difference}, so they cannot be in the same row of "
-            "a table. Move one of them elsewhere."
+            f"{run.path} and {other.path} have {differences[0]}, so they cannot be in the same row "
+            "of a table. Move one of them elsewhere."
         )
 
 
-def values_of(results, key):
-    """Return the values of one metric, from those results that have it."""
-    return [result.metrics[key] for result in results if key in result.metrics]
+def values_of(results, metric):
+    """Return the values of a metric as in its column, from those results that have it."""
+    values = []
+    for result in results:
+        if metric in result.metrics:
+            values.append(COLUMNS[metric].factor * result.metrics[metric])
+    return values
 
 
 # --- Tables -------------------------------------------------------------------------------
 
 
+class Row(NamedTuple):
+    """A row of a table: a folder of runs, or a baseline."""
+
+    title: str
+    dimensions: int
+    results: list
+
+
 def tables(folder):
     """Return the tables of all evaluated runs in `folder`/<name>/seed<n>, in Markdown."""
     rows = load_rows(folder)
-    all_tables = [table(rows, columns) for columns in (LOSSES, RECONSTRUCTIONS, SAMPLES)]
+    all_tables = [table(rows, metrics) for metrics in (LOSSES, RECONSTRUCTIONS, SAMPLES)]
     return "\n".join(text for text in all_tables if text)
 
 
 def load_rows(folder):
-    """Return the rows of the tables, a list of ((title, dimensions), results).
+    """Return the rows of the tables. The baselines have rows of their own, at the end.
 
-    Each folder of runs is a row. The baselines have rows of their own, at the end. Raises UserError
-    if there are no evaluated runs, or if two folders have runs on different data.
+    Raises UserError if there are no evaluated runs, or if two folders have runs on different data.
     """
-    titles = {RESULTS: TITLES, RESULTS / "search": SEARCH_TITLES}.get(folder.resolve(), {})
+    titles = {}
+    if folder.resolve() == RESULTS:
+        titles = TITLES
+    elif folder.resolve() == RESULTS / "search":
+        titles = SEARCH_TITLES
     names = {path.parent.parent.name for path in folder.glob(f"*/seed*/{CLASSIFICATION}")}
+    in_order = [name for name in titles if name in names] + sorted(names - titles.keys())
     rows = []
     baselines = {}
-    first_run = None
-    for name in [name for name in titles if name in names] + sorted(names - titles.keys()):
+    for name in in_order:
         results = load_results(folder / name)
-        if not results:
-            continue
-        run = results[0].run
-        first_run = first_run or run
-        if run.config["data_sha256"] != first_run.config["data_sha256"]:
-            raise UserError(f"{first_run.path} and {run.path} were trained on different data.")
-        rows.append(((titles.get(name, name), run.config["latent_dim"]), results))
-        for result in results:
-            # Baselines do not depend on the network, so those of one run stand for all.
-            baselines.update(baseline_rows(result.run))
+        if results:
+            config = results[0].run.config
+            rows.append(Row(titles.get(name, name), config["latent_dim"], results))
+            for result in results:
+                # Baselines do not depend on the network, so those of one run stand for all.
+                for row in baseline_rows(result.run):
+                    baselines[row.title, row.dimensions] = row
     if not rows:
         raise UserError(
             f"{folder} has no evaluated runs in <name>/seed<n>. Evaluate runs with classify.py "
             "first."
         )
+    first_run = rows[0].results[0].run
+    for row in rows:
+        run = row.results[0].run
+        if run.config["data_sha256"] != first_run.config["data_sha256"]:
+            raise UserError(f"{first_run.path} and {run.path} were trained on different data.")
     if (folder / "pixels.json").exists():
         accuracies = read(folder / "pixels.json", json.loads).values()
         results = [Result(None, {"accuracy": accuracy}) for accuracy in accuracies]
-        baselines["pixels, random states 0 to 9", 784] = results
-    return rows + sorted(baselines.items())
+        row = Row("pixels, random states 0 to 9", 784, results)
+        baselines[row.title, row.dimensions] = row
+    return rows + [baselines[key] for key in sorted(baselines)]
 
 
 def baseline_rows(run):
-    """Return the rows of the baselines that a run has, as {(title, dimensions): results}."""
+    """Return the rows of the baselines that were measured with classify.py --baselines."""
     path = run.path / BASELINES
     if not path.exists():
-        return {}
+        return []
     baselines = read(path, json.loads)
     hold_out = run.config["hold_out"]
     suffix = f", validation split of {hold_out}" if hold_out else ""
-    rows = {
-        (f"PCA{suffix}", run.config["latent_dim"]): [Result(None, {"accuracy": baselines["pca"]})],
-        (f"pixels{suffix}", 784): [Result(None, {"accuracy": baselines["pixels"]})],
-    }
+    latent_dim = run.config["latent_dim"]
+    rows = [
+        Row(f"PCA{suffix}", latent_dim, [Result(None, {"accuracy": baselines["pca"]})]),
+        Row(f"pixels{suffix}", 784, [Result(None, {"accuracy": baselines["pixels"]})]),
+    ]
     if "training_images" in baselines:
         metrics = {}
         for name, value in baselines["training_images"].items():
             metrics[f"{name}_samples"] = value
-        rows[f"training images{suffix}", 784] = [Result(None, metrics)]
+        rows.append(Row(f"training images{suffix}", 784, [Result(None, metrics)]))
     return rows
 
 
-def table(rows, columns):
-    """Return a table in Markdown, or "" if it has no rows.
+def table(rows, metrics):
+    """Return a table in Markdown, or "" if no row has any of the metrics.
 
-    `rows` are ((title, dimensions), results). A cell is the mean ± the standard deviation over the
-    n results that have any of the columns. Rows without such results are left out.
+    A cell is the mean ± the standard deviation over the n results that have been measured.
     """
-    lines = [["Runs", "Dimensions", "n"] + [column.title for column in columns]]
-    lines.append(["---"] * len(lines[0]))
-    for (title, dimensions), results in rows:
-        n = number_measured(results, columns)
-        cells = [cell(results, column) for column in columns]
+    lines = []
+    for row in rows:
+        n = number_measured(row.results, metrics)
+        cells = [cell(row.results, metric) for metric in metrics]
         if n > 0:
-            lines.append([title, str(dimensions), str(n)] + cells)
-    if len(lines) == 2:
+            lines.append([row.title, str(row.dimensions), str(n), *cells])
+    if not lines:
         return ""
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return markdown(["Runs", "Dimensions", "n"], metrics, lines)
 
 
-def number_measured(results, columns):
-    """Return how many results have any of the columns. The metrics of samples are often missing."""
-    return max(len(values_of(results, column.key)) for column in columns)
+def markdown(first_titles, metrics, lines):
+    """Return a table in Markdown, with the titles of its first columns, and a column per metric."""
+    titles = [*first_titles, *(COLUMNS[metric].title for metric in metrics)]
+    all_lines = [titles, ["---"] * len(titles), *lines]
+    return "".join(f"| {' | '.join(line)} |\n" for line in all_lines)
 
 
-def cell(results, column):
+def number_measured(results, metrics):
+    """Return how many results have any of the metrics. Those of samples are often missing."""
+    return max(len(values_of(results, metric)) for metric in metrics)
+
+
+def cell(results, metric):
     """Return a cell of a table: the mean ± the standard deviation of the results."""
-    values = [column.factor * value for value in values_of(results, column.key)]
-    return mean_and_sd(values, column.digits)
+    return mean_and_sd(values_of(results, metric), COLUMNS[metric].digits)
 
 
 def mean_and_sd(values, digits):
@@ -341,32 +360,30 @@ def mean_and_sd(values, digits):
     return f"{mean(values):.{digits}f}\u00a0±\u00a0{stdev(values):.{digits}f}"
 
 
-def differences(columns):
+def differences(metrics):
     """Return a table in Markdown of how the variants differ from the report's network.
 
     A difference counts only if the ranges of the seeds do not overlap.
     """
     reference = load_results(RESULTS / REFERENCE)
-    lines = [["Variant", "n"] + [column.title for column in columns]]
-    lines.append(["---"] * len(lines[0]))
+    lines = []
     for name, title in TITLES.items():
         if name in NOT_COMPARED:
             continue
         results = load_results(RESULTS / name)
         cells = []
-        for column in columns:
-            values = values_of(results, column.key)
-            cells.append(difference(values, values_of(reference, column.key)))
-        lines.append([title, str(number_measured(results, columns))] + cells)
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        for metric in metrics:
+            cells.append(difference(values_of(results, metric), values_of(reference, metric)))
+        lines.append([title, str(number_measured(results, metrics)), *cells])
+    return markdown(["Variant", "n"], metrics, lines)
 
 
 def difference(values, reference):
     """Return "lower" or "higher" if all values lie below or above all of the reference, else "–".
 
-    Return "" if nothing was measured of one of them.
+    Return "" if one of them has fewer than three values, because two often lie apart by chance.
     """
-    if not values or not reference:
+    if min(len(values), len(reference)) < 3:
         return ""
     if max(values) < min(reference):
         return "lower"
@@ -386,26 +403,24 @@ def page_tables():
     runs32 = load_results(RESULTS / REFERENCE)
     runs16 = load_results(RESULTS / "latent16")
     connected = load_results(RESULTS / "fc-latent32")
-    first_loss, _, test_loss, gap, _, _ = LOSSES
-    _, sharpness, _, accuracy = RECONSTRUCTIONS
     n32 = f"n = {len(runs32)}"
     n16 = f"n = {len(runs16)}"
     n_connected = f"n = {len(connected)}"
-    sharpness32 = cell(runs32, sharpness)
-    sharpness_connected = cell(connected, sharpness)
-    accuracy16 = cell(runs16, accuracy)
-    accuracy32 = cell(runs32, accuracy)
+    sharpness32 = cell(runs32, "sharpness_reconstructions")
+    sharpness_connected = cell(connected, "sharpness_reconstructions")
+    accuracy16 = cell(runs16, "accuracy")
+    accuracy32 = cell(runs32, "accuracy")
     shirts = [share_correct(runs16, "Shirt"), n16, share_correct(runs32, "Shirt"), n32]
     rows = {
-        "test loss after 100 epochs": [cell(runs32, test_loss), n32],
+        "test loss after 100 epochs": [cell(runs32, "test_loss"), n32],
         "accuracy, 16 latent dimensions": [accuracy16, n16],
         "accuracy, 32 latent dimensions": [accuracy32, n32],
         "sharper than a fully connected VAE": [sharpness32, n32, sharpness_connected, n_connected],
         "hardest class": shirts,
-        "loss in the first epoch": [cell(runs32, first_loss)],
-        "loss in later epochs": [cell(runs32, test_loss)],
+        "loss in the first epoch": [cell(runs32, "first_train_loss")],
+        "loss in later epochs": [cell(runs32, "test_loss")],
         "plateau by epoch 100": [fall(runs32, "test_loss", 10)],
-        "training and test loss are close": [cell(runs32, gap)],
+        "training and test loss are close": [cell(runs32, "gap")],
         "reconstructions: clear edges, blur largely gone": [sharpness32],
         "accuracy with 16 latent dimensions": [accuracy16],
         "accuracy with 32 is similar or higher": [accuracy32, accuracy16],
@@ -431,16 +446,20 @@ def page_numbers():
         f"{len(first_losses)} runs with 16 or 32 latent dimensions: the train loss of epoch 1 is "
         f"{min(first_losses):.1f} to {max(first_losses):.1f}"
     )
-    for column in COMPARED + SAMPLES:
-        values = [column.factor * value for value in values_of(runs32, column.key)]
-        low = f"{min(values):.{column.digits}f}"
-        high = f"{max(values):.{column.digits}f}"
-        lines.append(f"{REFERENCE}: {column.title} is {low} to {high} (n = {len(values)})")
+    for metric in COMPARED + SAMPLES:
+        title, _, digits = COLUMNS[metric]
+        values = values_of(runs32, metric)
+        low = f"{min(values):.{digits}f}"
+        high = f"{max(values):.{digits}f}"
+        lines.append(f"{REFERENCE}: {title} is {low} to {high} (n = {len(values)})")
+    lines.append(
+        "epochs200: the test loss falls in the last 100 epochs by "
+        f"{fall(load_results(RESULTS / 'epochs200'), 'test_loss', 100)}"
+    )
     # The first seed of β = 0.1 was evaluated on the test set before the others were trained.
     accuracies = values_of(load_results(RESULTS / "beta0.1"), "accuracy")
-    percentages = [100 * accuracy for accuracy in accuracies]
-    lines.append(f"beta0.1: the accuracies are {', '.join(f'{x:.2f}' for x in percentages)} %")
-    lines.append(f"beta0.1 without its first seed: {mean_and_sd(percentages[1:], 2)} %")
+    lines.append(f"beta0.1: accuracies {', '.join(f'{accuracy:.2f}' for accuracy in accuracies)} %")
+    lines.append(f"beta0.1 without its first seed: {mean_and_sd(accuracies[1:], 2)} %")
     metrics = runs32[0].metrics
     lines.append(
         f"minimum BCE: {metrics['train_bce_floor']:.2f} nats per training image, "
@@ -516,16 +535,16 @@ def draw_hero(firsts):
     rows = [firsts]
     row_names = ["original"]
     titles = {
-        "fc-latent32": "fully connected",
-        "latent32": "ConvVAE",
-        "beta0.1": "ConvVAE, β\u00a0=\u00a00.1",
+        "fc-latent32": "fully\nconnected,",
+        "latent32": "ConvVAE,",
+        "beta0.1": "ConvVAE,\nβ = 0.1,",
     }
     for name, title in titles.items():
         model = load_network(read_run(RESULTS / name / "seed0"))
         torch.manual_seed(0)
         reconstructions, _, _ = model(firsts)
         rows.append(reconstructions)
-        row_names.append(f"{title}, MSE\u00a0{1000 * metrics_of_seed_0(name)['mse']:.1f}")
+        row_names.append(f"{title}\nMSE {1000 * metrics_of_seed_0(name)['mse']:.1f}")
     classes = [name.replace("/", "/\n").replace(" ", "\n") for name in data.CLASSES]
     return enlarge_labels(plots.draw_grid(rows, row_names, classes))
 
@@ -539,9 +558,9 @@ def draw_samples(train_images):
         metrics = metrics_of_seed_0(name)
         torch.manual_seed(0)
         rows.append(model.decode(torch.randn(10, 32)))
-        row_names.append(f"{beta}, N(0,\u00a0I), Fréchet {metrics['frechet_samples']:.2f}")
+        row_names.append(f"{beta}, N(0, I),\nFréchet {metrics['frechet_samples']:.2f}")
         rows.append(model.decode(sample_mixture(model, train_images, 10)))
-        row_names.append(f"{beta}, mixture, Fréchet {metrics['frechet_mixture_samples']:.2f}")
+        row_names.append(f"{beta}, mixture,\nFréchet {metrics['frechet_mixture_samples']:.2f}")
     return enlarge_labels(plots.draw_grid(rows, row_names))
 
 
@@ -632,13 +651,10 @@ def draw_beta():
         ylim=(0, 65),
     )
 
-    for axis, key, factor in [
-        (axes["accuracy"], "accuracy", 100),
-        (axes["active"], "active_dimensions", 1),
-    ]:
+    for axis, metric in [(axes["accuracy"], "accuracy"), (axes["active"], "active_dimensions")]:
         means = []
         for beta, seeds in results.items():
-            values = [factor * value for value in values_of(seeds, key)]
+            values = values_of(seeds, metric)
             axis.semilogx([beta] * len(values), values, "o", color="C0", alpha=0.5)
             means.append(mean(values))
         axis.semilogx(list(results), means, color="C0")
@@ -670,15 +686,13 @@ def draw_proposals():
     figure = Figure(figsize=(9.6, 4.2), layout="constrained")
     axes = figure.subplots(1, 4, sharey=True)
     columns = [
-        ("test loss,\nnats per image", "test_loss", 1, (235, 236)),
-        ("MSE × 1000", "mse", 1000, (12, 13)),
-        ("sharpness", "sharpness_reconstructions", 1, (0.53, 0.56)),
-        ("accuracy, %", "accuracy", 100, (86, 87)),
+        ("test loss,\nnats per image", "test_loss", (235, 236)),
+        ("MSE × 1000", "mse", (12, 13)),
+        ("sharpness", "sharpness_reconstructions", (0.53, 0.56)),
+        ("accuracy, %", "accuracy", (86, 87)),
     ]
-    for axis, (title, key, factor, ticks) in zip(axes, columns):
-        values = {}
-        for label, results in rows.items():
-            values[label] = [factor * value for value in values_of(results, key)]
+    for axis, (title, metric, ticks) in zip(axes, columns):
+        values = {label: values_of(results, metric) for label, results in rows.items()}
         reference = values["the report's network"]
         axis.axvspan(min(reference), max(reference), color="0.87")
         draw_dots(axis, values)
@@ -695,11 +709,6 @@ def draw_accuracy():
     Each dot is a training run of a network. On PCA and pixels, which need no network, each dot is a
     Random Forest.
     """
-    forests = {}
-    for latent_dim in (16, 32):
-        path = RESULTS / f"latent{latent_dim}" / "seed0" / BASELINES
-        forests[f"PCA, {latent_dim}"] = [read(path, json.loads)["pca"]]
-    forests["784 pixels"] = read(RESULTS / "pixels.json", json.loads).values()
     folders = {
         "fully connected, 32": "fc-latent32",
         "ConvVAE, 16": "latent16",
@@ -711,9 +720,13 @@ def draw_accuracy():
     networks = {}
     for title, name in folders.items():
         networks[title] = values_of(load_results(RESULTS / name), "accuracy")
-    rows = {}
-    for title, accuracies in {**networks, **forests}.items():
-        rows[title] = [100 * accuracy for accuracy in accuracies]
+    forests = {}
+    for row in load_rows(RESULTS):
+        if row.title == "PCA":
+            forests[f"PCA, {row.dimensions}"] = values_of(row.results, "accuracy")
+        if row.title == "pixels, random states 0 to 9":
+            forests["784 pixels"] = values_of(row.results, "accuracy")
+    rows = {**networks, **forests}
     figure = Figure(figsize=(8.8, 4.6), layout="constrained")
     axis = figure.subplots()
     draw_dots(axis, rows, colors=["C0"] * len(networks) + ["C1"] * len(forests))
