@@ -145,10 +145,11 @@ def check_split(images, labels):
 def read_picture(path):
     """Return a picture of a piece of clothing as an image like those of Fashion-MNIST.
 
-    The picture shows one object on a plain background, light or dark. The result is [1, 1, 28, 28]
-    float32 in [0, 1]: the object is bright on black, and its longer side has 28 pixels. This is how
-    Fashion-MNIST was made (Xiao et al., 2017, section 2), except that we do not sharpen. Raises
-    OSError if the file is not a picture, and ValueError if it shows no object.
+    The picture shows one object on a plain, evenly lit background, which may be light or dark. The
+    result is [1, 1, 28, 28] float32 in [0, 1]: the object is bright on black, and its longer side
+    has 28 pixels. This is how Fashion-MNIST was made (Xiao et al., 2017, section 2), except that we
+    do not sharpen. Raises OSError if the file is not a picture, and ValueError if it shows no
+    object.
     """
     picture = ImageOps.exif_transpose(Image.open(path))
     if picture.mode.startswith("I"):  # gray values of 16 bits
@@ -158,25 +159,27 @@ def read_picture(path):
         white = Image.new("RGBA", picture.size, "white")
         flat = Image.alpha_composite(white, picture)  # transparent pixels become white
         gray = pil_to_tensor(flat.convert("L"))[0].float()
+
+    # The top left corner shows the background. Make it white, as in a shop's photo.
     if gray[0, 0] < 128:
-        gray = 255 - gray  # now the background is light, as in a shop's photo
+        gray = 255 - gray
+    gray = (gray * (255 / gray[0, 0])).clamp(max=255)
 
     # Trim to the pixels that differ from the background by more than 5 %.
-    background = gray[0, 0].item()
-    differs = (gray - background).abs() > 0.05 * 255
-    if not differs.any():
+    is_object = gray < 0.95 * 255
+    if not is_object.any():
         raise ValueError(f"{path} shows no object: all of it looks like its top left corner")
-    rows = differs.any(dim=1).nonzero()
-    columns = differs.any(dim=0).nonzero()
+    rows = is_object.any(dim=1).nonzero()
+    columns = is_object.any(dim=0).nonzero()
     gray = gray[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
 
-    # Scale the longer side to 28 pixels, and pad the shorter one.
+    # Scale the longer side to 28 pixels, pad the shorter one to a square, and negate.
     scale = 28 / max(gray.shape)
     height, width = (max(1, round(scale * side)) for side in gray.shape)
     image = F.interpolate(gray[None, None], (height, width), mode="bilinear", antialias=True)
     top = (28 - height) // 2
     left = (28 - width) // 2
-    image = F.pad(image, (left, 28 - width - left, top, 28 - height - top), value=background)
+    image = F.pad(image, (left, 28 - width - left, top, 28 - height - top), value=255)
     return (1 - image / 255).clamp(0, 1)
 
 

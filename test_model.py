@@ -617,6 +617,14 @@ def test_picture_is_trimmed_scaled_centered_and_negated(tmp_path):
     assert image[0, 0, 20, 3] == 0
 
 
+def test_gray_background_of_a_picture_becomes_black(tmp_path):
+    image = draw_picture(tmp_path / "white.png")
+    darker = [round(value * 0.8) for value in range(256)]
+    gray = draw_picture(tmp_path / "gray.png", lambda picture: picture.point(darker))
+    torch.testing.assert_close(gray, image, rtol=0, atol=0.01)
+    assert gray[0, 0, 20, 3] == 0
+
+
 def test_picture_of_nothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match="shows no object"):
         draw_picture(tmp_path / "blank.png", lambda picture: picture.point([240] * 256))
@@ -966,7 +974,7 @@ def interrupt_after(renames, monkeypatch):
     monkeypatch.setattr(os, "replace", replace_or_stop)
 
 
-INTERRUPTED = [(renames, {}) for renames in range(9)] + [
+INTERRUPTED = [(renames, {}) for renames in (0, 1, 2, 3, 4, 5, 9, 11)] + [
     (5, {"lr_scheduler": "cosine"}),
     (5, {"lr_scheduler": "plateau", "model": "deep"}),
     (5, {"hold_out": 100}),
@@ -1402,6 +1410,14 @@ def test_random_forest_is_that_of_the_report(finished, means_by_hand):
     assert result["recall"] == dict(zip(data.CLASSES, recall))
 
 
+def test_run_with_a_validation_split_is_evaluated_on_it(tmp_path):
+    run = tmp_path / "run"
+    succeed("train.py", run, epochs=1, hold_out=100)
+    succeed("classify.py", run)
+    matrix = np.array(read_json(run / CLASSIFICATION)["confusion_matrix"])
+    assert matrix.sum(axis=1).tolist() == TRAIN_LABELS[-100:].bincount(minlength=10).tolist()
+
+
 def test_class_without_test_images_has_no_recall(capsys):
     matrix = np.diag([5] * 9 + [0])
     matrix[0, 1] = 15
@@ -1432,6 +1448,7 @@ def test_baselines_are_measured_without_the_network(finished):
 
 def test_metrics_of_a_run_are_those_of_its_network(finished, network, means_by_hand):
     """Reconstructions and samples are drawn as by classify.py, with the same random numbers."""
+    assert not network.training
     result = read_json(finished / CLASSIFICATION)
     train_mu, test_mu = means_by_hand
     # 600 latent means in 8 dimensions are enough for 12 Gaussians.
@@ -1484,6 +1501,12 @@ def test_metrics_of_perfect_and_of_gray_reconstructions(monkeypatch):
         expected.update(bce_floor=floor, excess_bce=expected["bce"] - floor, kld=16.0)
         found = {name: metrics[name] for name in expected}
         assert found == pytest.approx(expected, rel=0.01, abs=1e-3)
+
+
+def test_dimensions_with_a_variance_above_one_hundredth_are_active():
+    mu = torch.tensor([[-1.0], [1.0]]) * torch.tensor([0.0, 0.069, 0.072, 1.0])
+    # Two values ±x have the variance 2 x².
+    assert networks.active_dimensions(mu) == 2
 
 
 def test_sharpness_of_an_edge_is_the_same_in_both_directions():
