@@ -790,43 +790,16 @@ def test_training_equals_a_plain_training_loop(network_name, beta, lr_scheduler,
             assert (weights[name] - expected).norm() < 0.01 * expected.norm()
 
 
-def test_training_prints_data_device_and_losses(tmp_path, capsys):
-    run = tmp_path / "run"
-    succeed("train.py", run, epochs=2, model="fc")
-    printed = capsys.readouterr()
-    data_line, first_line, *epoch_lines = printed.out.splitlines()
-    assert printed.err == ""
-    assert data_line.startswith(SMALL_DATA_LINE)
-    assert first_line == "FullyConnectedVAE on cpu, epochs 1 to 2"
-    for row, line in zip(log_of(run), epoch_lines, strict=True):
-        losses = f"Train loss {row['train_loss']:.2f}, Test loss {row['test_loss']:.2f}"
-        seconds = f"{row['seconds']:.2f} s"
-        assert re.fullmatch(
-            f"Epoch {row['epoch']:.0f}: {losses}, {seconds}, 0:00:\\d\\d left", line
-        )
-
-
-def test_config_has_all_options(tmp_path):
-    run = tmp_path / "run"
-    succeed("train.py", run, epochs=1, model="fc", lr=0.001)
-    assert {path.name for path in run.iterdir()} == {STATE, CONFIG, LOG, WEIGHTS}
-    _, sha256 = data.load_splits(SMALL_DATA)
-    assert read_json(run / CONFIG) == {
-        "model": "fc",
-        "latent_dim": 8,
-        "epochs": 1,
-        "batch_size": 32,
-        "lr": 0.001,
-        "seed": 0,
-        "beta": 1.0,
-        "lr_scheduler": "constant",
-        "hold_out": 0,
-        "feature_weight": 0.0,
-        "feature_run": "",
-        "data_sha256": sha256,
-        "torch": torch.__version__,
-        "device": "cpu",
-    }
+def test_config_has_all_options_that_decide_the_result(finished, monkeypatch):
+    words = ["train.py", "--latent-dim=8", "--batch-size=32", "--epochs=2"]
+    monkeypatch.setattr(sys, "argv", words)
+    expected = vars(train.parse_arguments())
+    for name in ("run", "data", "device"):
+        del expected[name]
+    _, expected["data_sha256"] = data.load_splits(SMALL_DATA)
+    expected["torch"] = torch.__version__
+    expected["device"] = "cpu"
+    assert read_json(finished / CONFIG) == expected
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
@@ -1795,6 +1768,10 @@ def test_three_commands_print_and_write_what_the_readme_shows(tmp_path):
     description = f"{run}: FullyConnectedVAE, 8 latent dimensions, epoch 3 of 3"
     data_line = f"{SMALL_DATA_LINE} (not Fashion-MNIST)"
     assert printed[0][:2] == [data_line, "FullyConnectedVAE on cpu, epochs 1 to 3"]
+    for row, line in zip(log_of(run), printed[0][2:], strict=True):
+        losses = f"Train loss {row['train_loss']:.2f}, Test loss {row['test_loss']:.2f}"
+        start_of_line = f"Epoch {row['epoch']:.0f}: {losses}, {row['seconds']:.2f} s, 0:00:"
+        assert line.startswith(start_of_line) and line.endswith(" left")
     assert printed[1][:2] == [description, data_line]
     result = read_json(run / CLASSIFICATION)
     assert f"Classification accuracy: {result['accuracy'] * 100:.2f}%" in printed[1]

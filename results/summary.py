@@ -418,7 +418,7 @@ def page_tables():
         "sharper than a fully connected VAE": [sharpness32, n32, sharpness_connected, n_connected],
         "hardest class": shirts,
         "loss in the first epoch": [cell(runs32, "first_train_loss")],
-        "loss in later epochs": [cell(runs32, "test_loss")],
+        "loss in later epochs": [cell(runs32, "test_loss"), cell(runs32, "train_loss")],
         "plateau by epoch 100": [fall(runs32, "test_loss", 10)],
         "training and test loss are close": [cell(runs32, "gap")],
         "reconstructions: clear edges, blur largely gone": [sharpness32],
