@@ -7,11 +7,13 @@ import json
 import os
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torchvision.datasets import FashionMNIST
+from torchvision.datasets.mnist import read_image_file, read_label_file
 from torchvision.transforms.functional import pil_to_tensor
 
 # The names of the labels 0, 1, 2, … Another data set needs its own names here, in letters that
@@ -60,13 +62,13 @@ def load_splits(root, hold_out=0):
     checksum = hashlib.sha256()
     splits = []
     try:
-        for is_train in (True, False):
-            dataset = FashionMNIST(root, train=is_train)
-            check_split(dataset.data, dataset.targets)
-            checksum.update(dataset.data.numpy().tobytes())
-            checksum.update(dataset.targets.byte().numpy().tobytes())
-            images = dataset.data.unsqueeze(1).float().div_(255)
-            splits.append((images, dataset.targets))
+        for name in ("train", "t10k"):
+            pixels = read_image_file(raw / f"{name}-images-idx3-ubyte")
+            labels = read_label_file(raw / f"{name}-labels-idx1-ubyte")
+            check_split(pixels, labels)
+            checksum.update(pixels.numpy().tobytes())
+            checksum.update(labels.byte().numpy().tobytes())
+            splits.append((pixels.unsqueeze(1).float().div_(255), labels))
     except Exception as error:  # damaged files can cause almost any error
         raise UserError(
             f"The four files of Fashion-MNIST cannot be read from {raw} ({reason(error)}). They "
@@ -261,9 +263,12 @@ def run_script(main, when_interrupted):
 
 
 def reason(error):
-    """Return the first sentence of an error's message, or the error's type if it has none.
+    """Return the type of an error and the first sentence of its message, at most 200 characters.
 
     PyTorch's messages may go on with advice that would let code in a file run.
     """
+    text = type(error).__name__
     first_sentence = " ".join(str(error).split()).partition(". ")[0]
-    return first_sentence[:200] or type(error).__name__
+    if first_sentence:
+        text = f"{text}: {first_sentence}"
+    return textwrap.shorten(text, width=200, placeholder=" …")

@@ -292,7 +292,10 @@ def read(path, parse):
 
     If this fails, raise UserError with the name of the file. A UserError of `parse` stays as it is.
     """
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
     try:
         return parse(content)
     except UserError:

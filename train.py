@@ -283,11 +283,15 @@ def check_same_config(path, before, config):
     on it.
     """
     for name, value in config.items():
-        if before.get(name) == value or (name == "epochs" and config["lr_scheduler"] != "cosine"):
+        if before.get(name) == value:
             continue
-        difference = f"with --{name.replace('_', '-')} {before.get(name)}, not {value}"
+        if name == "epochs" and before.get("lr_scheduler") != "cosine":
+            continue
         if name == "data_sha256":
             difference = "on other data"
+        else:
+            option = f"--{name.replace('_', '-')}"
+            difference = f"with {option} {before.get(name)}, not {value}"
         raise UserError(f"{path} was trained {difference}. Choose another folder with --run.")
 
 
