@@ -121,7 +121,8 @@ def fetch(root):
             fetched.mkdir(parents=True)
             for archive in DEBIAN_PACKAGE.glob("*.gz"):
                 (fetched / archive.stem).write_bytes(gzip.decompress(archive.read_bytes()))
-            FashionMNIST(temporary, download=True)  # only downloads what is not there
+            # This downloads only what is not there yet, and fails if a file is still missing.
+            FashionMNIST(temporary, download=True)
             raw.parent.mkdir(exist_ok=True)
             try:
                 fetched.rename(raw)

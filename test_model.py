@@ -555,10 +555,8 @@ def test_folder_that_does_not_exist_is_refused(source, tmp_path):
     assert not missing.exists()
 
 
-LABELS = idx_bytes(TEST_LABELS)
-IMAGES = idx_bytes(TEST_SPLIT[0])
 DAMAGED_DATA = {
-    "damaged": ("t10k-images-idx3-ubyte", IMAGES[:5000]),
+    "damaged": ("t10k-images-idx3-ubyte", idx_bytes(TEST_SPLIT[0])[:5000]),
     "29 pixels wide": ("t10k-images-idx3-ubyte", idx_bytes(torch.zeros(525, 28, 29))),
     "one label missing": ("t10k-labels-idx1-ubyte", idx_bytes(TEST_LABELS[1:])),
     "label 10": ("train-labels-idx1-ubyte", idx_bytes(torch.full((600,), len(data.CLASSES)))),
