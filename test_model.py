@@ -1191,11 +1191,14 @@ def test_missing_log_is_named(run):
 
 @pytest.mark.parametrize("asked", ["auto", "cuda"])
 def test_gpu_that_fails_is_reported_in_one_line(asked, run, monkeypatch):
-    def fail_on_the_gpu(*size, device):
+    ones = torch.ones
+
+    def fail_to_convolve(images, weight):
         raise RuntimeError("CUDA error: no kernel image is available. Compile with\nadvice.")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch, "ones", fail_on_the_gpu)
+    monkeypatch.setattr(torch, "ones", lambda *size, device: ones(*size))
+    monkeypatch.setattr(F, "conv2d", fail_to_convolve)
     before = contents(run)
     message = fail("train.py", run, device=asked)
     assert (
