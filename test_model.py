@@ -668,7 +668,8 @@ WRONG_VALUES = [
 @pytest.mark.parametrize("option, problem", WRONG_VALUES)
 def test_wrong_value_of_an_option_is_refused(option, problem, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert call("train.py", option) == (2, "")
+    # If the value were accepted, the missing folder would be the next problem.
+    assert call("train.py", "--data=missing", option) == (2, "")
     assert problem in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
@@ -1995,6 +1996,10 @@ def test_numbers_in_the_text_occur_among_those_of_the_runs(printed_by_summary):
         minimum = re.findall(r"(\d+\.\d+) nats per (training|test) image", text)
         expected = re.findall(r"(\d+\.\d+) nats per (training|test) image", known)
         assert set(minimum) == set(expected)
+        comparison = read_json(ROOT / "results" / "mcnemar.json")
+        assert f"{comparison['only_latent_means']} " in text
+        assert f"{comparison['only_pixels']} " in text
+        assert f"p = {comparison['p']:.2f}" in text.replace("\n", " ")
 
 
 def test_python_blocks_of_the_readme_run(tmp_path):
