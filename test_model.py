@@ -1404,6 +1404,13 @@ def test_random_forest_is_that_of_the_report(finished, means_by_hand):
     assert result["recall"] == dict(zip(data.CLASSES, recall))
 
 
+def test_forest_has_the_trees_of_the_report(means_by_hand):
+    train_mu, test_mu = means_by_hand
+    forest = RandomForestClassifier(n_estimators=100, random_state=42).fit(train_mu, TRAIN_LABELS)
+    shares = classify.fit_forest(train_mu, TRAIN_LABELS).predict_proba(test_mu)
+    assert np.array_equal(shares, forest.predict_proba(test_mu))
+
+
 def test_run_with_a_validation_split_is_evaluated_on_it(tmp_path):
     run = tmp_path / "run"
     succeed("train.py", run, epochs=1, hold_out=100)
