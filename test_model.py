@@ -204,6 +204,15 @@ def three_epochs(tmp_path_factory):
     return run
 
 
+@pytest.fixture(scope="session")
+def active_run(tmp_path_factory):
+    """A run with its classification, trained until some latent dimensions are active."""
+    run = tmp_path_factory.mktemp("runs") / "active"
+    succeed("train.py", run, epochs=4, lr=2e-3, beta=0.1)
+    succeed("classify.py", run)
+    return run
+
+
 @pytest.fixture
 def run(finished, tmp_path):
     """A copy of the finished run that a test may change."""
@@ -540,7 +549,7 @@ def test_files_of_old_versions_of_torchvision_are_not_taken_for_the_data(tmp_pat
     assert torch.equal(train_images, TRAIN_IMAGES)
 
 
-def test_linked_files_are_read_and_a_broken_link_is_not_replaced(source, tmp_path):
+def test_linked_files_are_read_and_a_broken_link_is_not_replaced(source, tmp_path, capsys):
     root = tmp_path / "root"
     (root / "FashionMNIST").mkdir(parents=True)
     raw = root / "FashionMNIST" / "raw"
@@ -551,6 +560,7 @@ def test_linked_files_are_read_and_a_broken_link_is_not_replaced(source, tmp_pat
     raw.symlink_to(tmp_path / "unplugged disk")
     assert "cannot be read" in fail("train.py", tmp_path / "run", data=root)
     assert raw.is_symlink()
+    assert "Fetching" not in capsys.readouterr().err
 
 
 def test_folder_that_does_not_exist_is_refused(source, tmp_path):
@@ -610,6 +620,10 @@ def test_each_form_of_a_picture_gives_the_same_image(tmp_path):
         "transparent.png": draw_picture(tmp_path / "transparent.png", transparent),
         "rotated.png": draw_picture(tmp_path / "rotated.png", rotate_back, exif=exif),
         "negative.png": draw_picture(tmp_path / "negative.png", ImageOps.invert),
+        "negative16bits.png": draw_picture(
+            tmp_path / "negative16bits.png",
+            lambda picture: sixteen_bits(ImageOps.invert(picture)),
+        ),
     }
     for name, other in forms.items():
         assert torch.equal(other, image), name
@@ -1163,6 +1177,9 @@ def test_weights_of_another_network_cannot_be_used(run):
     message = fail("classify.py", run)
     assert f"{run / WEIGHTS} cannot be used (" in message
     assert "size mismatch for fc_mu.weight" in message
+    edit_json(run / CONFIG, model="deep")  # dozens of tensors are missing
+    message = fail("classify.py", run)
+    assert "Missing key(s) in state_dict" in message
     assert len(message) < len(str(run / WEIGHTS)) + 260
 
 
@@ -1447,11 +1464,13 @@ def test_baselines_are_measured_without_the_network(finished):
     }
 
 
-def test_metrics_of_a_run_are_those_of_its_network(finished, network, means_by_hand):
+def test_metrics_of_a_run_are_those_of_its_network(active_run):
     """Reconstructions and samples are drawn as by classify.py, with the same random numbers."""
+    result = read_json(active_run / CLASSIFICATION)
+    network = load_network(active_run)
     assert not network.training
-    result = read_json(finished / CLASSIFICATION)
-    train_mu, test_mu = means_by_hand
+    train_mu = networks.latent_means(network, TRAIN_IMAGES)
+    test_mu = networks.latent_means(network, TEST_IMAGES)
     # 600 latent means in 8 dimensions are enough for 12 Gaussians.
     mixture = GaussianMixture(12, tol=0.03, random_state=42).fit(train_mu.double())
     mixture_z, _ = mixture.sample(525)
@@ -1508,6 +1527,23 @@ def test_dimensions_with_a_variance_above_one_hundredth_are_active():
     mu = torch.tensor([[-1.0], [1.0]]) * torch.tensor([0.0, 0.0705, 0.0709, 1.0])
     # Two values ±x have the variance 2 x².
     assert networks.active_dimensions(mu) == 2
+
+
+def test_active_dimensions_are_counted_in_test_images(active_run, tmp_path):
+    """The means are scaled so that one dimension is active in only one of the two splits."""
+    run = Path(shutil.copytree(active_run, tmp_path / "run"))
+    network = load_network(run)
+    test_variances = networks.latent_means(network, TEST_IMAGES).var(dim=0)
+    train_variances = networks.latent_means(network, TRAIN_IMAGES).var(dim=0)
+    squared_scale = 0.01 / (test_variances.max() * train_variances.max()).sqrt()
+    weights = network.state_dict()
+    weights["fc_mu.weight"] *= squared_scale.sqrt()
+    weights["fc_mu.bias"] *= squared_scale.sqrt()
+    torch.save(weights, run / WEIGHTS)
+    succeed("classify.py", run)
+    expected = (squared_scale * test_variances > 0.01).sum().item()
+    assert expected != (squared_scale * train_variances > 0.01).sum().item()
+    assert read_json(run / CLASSIFICATION)["active_dimensions"] == expected
 
 
 def test_sharpness_of_an_edge_is_the_same_in_both_directions():
@@ -1602,15 +1638,6 @@ def figures(monkeypatch):
     saved = {}
     monkeypatch.setattr(plots, "save", lambda run, name, figure: saved.update({name: figure}))
     return saved
-
-
-@pytest.fixture(scope="session")
-def active_run(tmp_path_factory):
-    """A run with its classification, trained until some latent dimensions are active."""
-    run = tmp_path_factory.mktemp("runs") / "active"
-    succeed("train.py", run, epochs=4, lr=2e-3, beta=0.1)
-    succeed("classify.py", run)
-    return run
 
 
 @pytest.fixture(scope="session")
