@@ -589,10 +589,15 @@ def test_damaged_or_unsuitable_data_are_refused(name, content, tmp_path):
 
 
 def draw_picture(path, change=lambda picture: picture, **options):
-    """Save a gray picture of a T on white, 60×40 with a margin, after a change."""
+    """Save a gray picture of a T on white, 60×40 with a margin, after a change.
+
+    The T has a light hem, which belongs to it, and there is a speck that hardly differs from white.
+    """
     gray = np.full((60, 40), 255, np.uint8)
     gray[10:18, 5:35] = 100
     gray[18:50, 15:25] = 30
+    gray[48:50, 15:25] = 235
+    gray[2:4, 2:4] = 250
     change(Image.fromarray(gray)).save(path, **options)
     return data.read_picture(path)
 
