@@ -385,10 +385,12 @@ def choose_device(asked):
 
 
 def describe_device(device):
-    """Return the device, on CUDA with the name of the GPU."""
+    """Return the device with what its rounding depends on: the GPU, or instructions and threads."""
     if device == "cuda":
         return f"cuda ({torch.cuda.get_device_name()})"
-    return device
+    threads = torch.get_num_threads()
+    unit = "thread" if threads == 1 else "threads"
+    return f"cpu ({torch.backends.cpu.get_cpu_capability()}, {threads} {unit})"
 
 
 class CapturedStep:
