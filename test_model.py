@@ -760,7 +760,7 @@ def test_training_equals_a_plain_training_loop(network_name, beta, lr_scheduler,
     """The loop draws the same random numbers. For "conv", it has the report's layers and loss."""
     run = tmp_path / "run"
     seed = 3
-    lr = 2e-3
+    lr = 2e-4
     succeed(
         "train.py",
         run,
@@ -810,15 +810,16 @@ def test_training_equals_a_plain_training_loop(network_name, beta, lr_scheduler,
         # The columns are sums whatever beta is.
         assert row["train_loss"] == row["train_bce"] + row["train_kld"]
         assert row["test_loss"] == row["test_bce"] + row["test_kld"]
-        # In BatchNorm, rounding differences grow faster.
-        tolerance = 1e-4 if network_name == "conv" else 1e-2
+        # Adam turns rounding errors into whole steps of those biases that BatchNorm cancels, and
+        # whose gradients would be 0. So the losses of the deep network differ more: by up to 4e-4.
+        tolerance = 1e-4 if network_name == "conv" else 5e-3
         assert {name: row[name] for name in expected} == pytest.approx(expected, rel=tolerance)
 
     weights = torch.load(run / WEIGHTS, weights_only=True)
     assert all(tensor.is_contiguous() for tensor in weights.values())
     if network_name == "conv":
         for name, expected in model.state_dict().items():
-            assert (weights[name] - expected).norm() < 0.01 * expected.norm()
+            assert (weights[name] - expected).norm() < 1e-3 * expected.norm()
 
 
 def test_config_has_all_options_that_decide_the_result(finished, monkeypatch):
