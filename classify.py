@@ -7,19 +7,15 @@ import torch.nn.functional as F
 from sklearn.decomposition import PCA
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.metrics import confusion_matrix
-from sklearn.neighbors import NearestNeighbors
 
 import data
+from data import BASELINES, CLASSIFICATION, UserError
 from model import (
-    BASELINES,
-    CLASSIFICATION,
     EVALUATION_BATCH_SIZE,
     active_dimensions,
     kl_divergence,
     latent_means,
     load_network,
-    load_run_data,
-    read_run,
     reconstruction_bce,
     sample_mixture,
 )
@@ -39,40 +35,34 @@ def main():
         "training images as if they were samples, and write this to baselines.json",
     )
     args = parser.parse_args()
-    run = read_run(args.run)
+    run = data.read_run(args.run)
     print(run)
     model = load_network(run)
-    train, test = load_run_data(run, args.data)
+    train, test = data.load_run_data(run, args.data)
     train_images, train_labels = train
     test_images, test_labels = test
 
     # The Random Forest on latent means.
-    train_mu = latent_means(model, train_images)
-    test_mu = latent_means(model, test_images)
-    predicted = fit_forest(train_mu, train_labels).predict(test_mu)
+    forest = fit_forest(latent_means(model, train_images), train_labels)
+    predicted = forest.predict(latent_means(model, test_images))
     matrix = confusion_matrix(test_labels, predicted, labels=range(len(data.CLASSES)))
     accuracy = matrix.trace() / matrix.sum()
-    recall = recall_by_class(matrix)
+    recall = share_correct_by_class(matrix)
     print_classification(matrix, accuracy, recall)
 
     # Reconstructions and samples.
-    pca = fit_pca(train_images, 50)
-    mixture_z = sample_mixture(model, train_images, len(test_images))
-    metrics = evaluate(model, test_images, mixture_z, pca)
-    # This minimum is lower than that of the test images (bce_floor), which explains most of the gap
-    # between the test and the training loss.
-    metrics["train_bce_floor"] = minimum_bce(train_images)
-    metrics["active_dimensions"] = active_dimensions(test_mu)
+    metrics = evaluate(model, train_images, test_images)
     for name, value in metrics.items():
         print(f"{name}: {value:.4g}")
     if metrics["active_dimensions"] == 0:
         print(
             "Warning: all latent dimensions have collapsed (the variance of mu is at most 0.01). "
-            "A smaller --beta may help.",
+            "More epochs or a smaller --beta may help.",
             file=sys.stderr,
         )
 
-    # accuracy, recall and confusion_matrix are those of the Random Forest on latent means.
+    # accuracy, recall and confusion_matrix are those of the Random Forest on latent means. The
+    # recall of a class is the share of its images that are classified correctly.
     classification = {
         "epoch": len(run.log),
         "accuracy": accuracy,
@@ -80,10 +70,27 @@ def main():
         "confusion_matrix": matrix.tolist(),
         **metrics,
     }
-    if args.baselines:
-        baselines = measure_baselines(train, test, run.config["latent_dim"], pca)
-        data.write_bytes(run.path / BASELINES, data.json_bytes(baselines))
+    check_same_run(run)
     data.write_bytes(run.path / CLASSIFICATION, data.json_bytes(classification))
+
+    if args.baselines:
+        baselines = measure_baselines(train, test, run.config["latent_dim"])
+        check_same_run(run)
+        data.write_bytes(run.path / BASELINES, data.json_bytes(baselines))
+
+
+def check_same_run(run):
+    """Raise UserError if the folder of a Run has another run by now.
+
+    Someone may have moved a link, or have trained the run anew. If training goes on meanwhile, it
+    only adds rows to the log.
+    """
+    current = data.read_run(run.path)
+    if current.config != run.config or current.log[: len(run.log)] != run.log:
+        raise UserError(
+            f"{run.path} has another run than before, so the results were not written. Run the "
+            "same command again."
+        )
 
 
 # --- Classification -----------------------------------------------------------------------
@@ -95,23 +102,23 @@ def fit_forest(features, labels, random_state=42):
     return forest.fit(features, labels)
 
 
-def recall_by_class(matrix):
-    """Return the share of the images of each class that are classified correctly.
+def share_correct_by_class(matrix):
+    """Return the share of the images of each class that are classified correctly (the recall).
 
     `matrix` is the confusion matrix, [10, 10]. The result is {class: share}. For a class without
     images, the share is None.
     """
-    recall = {}
+    shares = {}
     for label, name in enumerate(data.CLASSES):
         count = matrix[label].sum()
-        recall[name] = matrix[label, label] / count if count > 0 else None
-    return recall
+        shares[name] = matrix[label, label] / count if count > 0 else None
+    return shares
 
 
-def print_classification(matrix, accuracy, recall):
+def print_classification(matrix, accuracy, shares):
     """Print a confusion matrix [10, 10], the share correct of each class, and the accuracy."""
     print("Confusion matrix (rows: true class, columns: predicted class, in the same order)")
-    for counts, (name, share) in zip(matrix, recall.items()):
+    for counts, (name, share) in zip(matrix, shares.items()):
         line = f"{name:11} " + " ".join(f"{count:4}" for count in counts)
         if share is not None:
             line += f" {share * 100:6.1f}% correct"
@@ -119,7 +126,7 @@ def print_classification(matrix, accuracy, recall):
     print(f"Classification accuracy: {accuracy * 100:.2f}%")
 
 
-def measure_baselines(train, test, latent_dim, pca):
+def measure_baselines(train, test, latent_dim):
     """Return what the metrics are without a VAE, as a dict.
 
     pixels, pca: accuracy of the Random Forest on the 784 pixels, and on `latent_dim` principal
@@ -142,7 +149,11 @@ def measure_baselines(train, test, latent_dim, pca):
     return {
         "pixels": pixels_accuracy,
         "pca": pca_accuracy,
-        "training_images": sample_quality(train_images[: len(test_images)], test_images, pca),
+        "training_images": sample_quality(
+            train_images[: len(test_images)],
+            test_images,
+            fit_pca(train_images, PRINCIPAL_COMPONENTS),
+        ),
     }
 
 
@@ -150,10 +161,12 @@ def measure_baselines(train, test, latent_dim, pca):
 
 
 @torch.no_grad()
-def evaluate(model, images, mixture_z, pca):
-    """Return metrics of reconstructions and samples for test images [N, 1, 28, 28], as a dict.
+def evaluate(model, train_images, test_images):
+    """Return all metrics but those of the Random Forest, as a dict.
 
-    A reconstruction is the output of the model with z sampled, as in the test loss.
+    They compare reconstructions and samples with the N test images. Both splits are
+    [N, 1, 28, 28] in [0, 1]. A reconstruction is the output of the model with z sampled, as in the
+    test loss.
 
     - bce, kld: the two terms of the loss, in nats per image.
     - bce_floor: the minimum BCE, that of a perfect reconstruction, in nats per image.
@@ -162,14 +175,17 @@ def evaluate(model, images, mixture_z, pca):
     - sharpness_reconstructions: gradient energy of the reconstructions divided by that of images.
     - frechet_samples, precision_samples, recall_samples: `sample_quality` of N decoded latent codes
       from N(0, I).
-    - frechet_mixture_samples, precision_mixture_samples, recall_mixture_samples: the same for the
-      decoded latent codes `mixture_z` [N, latent_dim].
+    - frechet_mixture_samples, precision_mixture_samples, recall_mixture_samples: the same for N
+      latent codes from a mixture of Gaussians fitted to the training images (`sample_mixture`).
+    - train_bce_floor: the minimum BCE of the training images. It is lower than that of the test
+      images, which explains most of the gap between the test and the training loss.
+    - active_dimensions: the number of active latent dimensions, for the test images.
     """
     torch.manual_seed(0)
     reconstructions = []
     means = []
     log_variances = []
-    for batch in images.split(EVALUATION_BATCH_SIZE):
+    for batch in test_images.split(EVALUATION_BATCH_SIZE):
         reconstruction, mu, logvar = model(batch)
         reconstructions.append(reconstruction)
         means.append(mu)
@@ -178,20 +194,27 @@ def evaluate(model, images, mixture_z, pca):
     mu = torch.cat(means)
     logvar = torch.cat(log_variances)
 
-    bce = reconstruction_bce(reconstructions, images).item() / len(images)
-    bce_floor = minimum_bce(images)
+    prior_z = torch.randn_like(mu)
+    mixture_z = sample_mixture(model, train_images, len(test_images))
+
+    bce = reconstruction_bce(reconstructions, test_images).item() / len(test_images)
+    bce_floor = minimum_bce(test_images)
+    sharpness = gradient_energy(reconstructions) / gradient_energy(test_images)
     metrics = {
         "bce": bce,
-        "kld": kl_divergence(mu, logvar).item() / len(images),
+        "kld": kl_divergence(mu, logvar).item() / len(test_images),
         "bce_floor": bce_floor,
         "excess_bce": bce - bce_floor,
-        "mse": F.mse_loss(reconstructions, images).item(),
-        "sharpness_reconstructions": gradient_energy(reconstructions) / gradient_energy(images),
+        "mse": F.mse_loss(reconstructions, test_images).item(),
+        "sharpness_reconstructions": sharpness,
     }
-    for name, z in [("samples", torch.randn_like(mu)), ("mixture_samples", mixture_z)]:
+    pca = fit_pca(train_images, PRINCIPAL_COMPONENTS)
+    for name, z in [("samples", prior_z), ("mixture_samples", mixture_z)]:
         samples = torch.cat([model.decode(batch) for batch in z.split(EVALUATION_BATCH_SIZE)])
-        for metric, value in sample_quality(samples, images, pca).items():
+        for metric, value in sample_quality(samples, test_images, pca).items():
             metrics[f"{metric}_{name}"] = value
+    metrics["train_bce_floor"] = minimum_bce(train_images)
+    metrics["active_dimensions"] = active_dimensions(latent_means(model, test_images))
     return metrics
 
 
@@ -211,6 +234,9 @@ def gradient_energy(images):
 
 
 # --- Samples ------------------------------------------------------------------------------
+
+# The number of principal components in which samples are compared with images.
+PRINCIPAL_COMPONENTS = 50
 
 
 def sample_quality(samples, images, pca):
@@ -263,13 +289,17 @@ def share_within_manifold(points, reference):
     A point lies on the manifold if its distance to some reference point is at most the distance
     from that reference point to its third-nearest neighbor (Kynkäänniemi et al., 2019, k = 3).
     """
-    neighbors = NearestNeighbors(n_neighbors=4).fit(reference)  # each point itself and three others
-    neighbor_distances, _ = neighbors.kneighbors(reference)
-    radii = torch.tensor(neighbor_distances[:, 3])
+    # The distance of a point to itself must be 0, which it is not if matrix products are used.
+    mode = "donot_use_mm_for_euclid_dist"
+    radii = []
+    for chunk in reference.split(500):
+        distances = torch.cdist(chunk, reference, compute_mode=mode)
+        # The smallest distance is that of the point to itself, so the third neighbor is the fourth.
+        radii.append(distances.kthvalue(4, dim=1).values)
+    radii = torch.cat(radii)
     inside = []
     for chunk in points.split(500):
-        # Matrix products would put a point at a nonzero distance from itself.
-        distances = torch.cdist(chunk, reference, compute_mode="donot_use_mm_for_euclid_dist")
+        distances = torch.cdist(chunk, reference, compute_mode=mode)
         inside.append((distances <= radii).any(dim=1))
     return torch.cat(inside).double().mean().item()
 

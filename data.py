@@ -1,23 +1,40 @@
-"""Fashion-MNIST as tensors, and what the scripts share: options, writing a file, errors."""
+"""What lies on disk, and what the scripts share.
+
+Four sections: the data set, a picture of one's own, the files of a run, and the command line with
+its errors.
+"""
 
 import argparse
+import csv
 import gzip
 import hashlib
+import io
 import json
 import os
+import secrets
 import sys
 import tempfile
 import textwrap
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torchvision.datasets import FashionMNIST
 from torchvision.datasets.mnist import read_image_file, read_label_file
 from torchvision.transforms.functional import pil_to_tensor
 
-# The names of the labels 0, 1, 2, … Another data set needs its own names here, in letters that
-# matplotlib's font has. The figures have ten colors, so they can tell ten classes apart.
+
+class UserError(Exception):
+    """A failure that the user can resolve. Its text is printed as one line, without a traceback."""
+
+
+# --- The data set -------------------------------------------------------------------------
+
+# The names of the labels 0, 1, 2, … Another data set needs its own names here: no two may be equal,
+# and matplotlib's font must have their letters. The figures have ten colors, so they can tell ten
+# classes apart.
 CLASSES = [
     "T-shirt/top",
     "Trouser",
@@ -34,13 +51,6 @@ DEFAULT_ROOT = Path("data/fashion-mnist")
 DEBIAN_PACKAGE = Path("/usr/share/datasets/fashion-mnist")
 # SHA-256 of all pixels and labels of Fashion-MNIST, as load_splits computes it.
 FASHION_MNIST_SHA256 = "ca3ab2a37f845e1b8ae23cab1b51749a3011ba3bf1d9016176d75cbaabac376f"
-
-
-class UserError(Exception):
-    """A failure that the user can resolve. Its text is printed as one line, without a traceback."""
-
-
-# --- Fashion-MNIST ------------------------------------------------------------------------
 
 
 def load_splits(root, hold_out=0):
@@ -62,9 +72,9 @@ def load_splits(root, hold_out=0):
     checksum = hashlib.sha256()
     splits = []
     try:
-        for name in ("train", "t10k"):
-            pixels = read_image_file(raw / f"{name}-images-idx3-ubyte")
-            labels = read_label_file(raw / f"{name}-labels-idx1-ubyte")
+        for prefix in ("train", "t10k"):
+            pixels = read_image_file(raw / f"{prefix}-images-idx3-ubyte")
+            labels = read_label_file(raw / f"{prefix}-labels-idx1-ubyte")
             check_split(pixels, labels)
             checksum.update(pixels.numpy().tobytes())
             checksum.update(labels.byte().numpy().tobytes())
@@ -87,8 +97,8 @@ def load_splits(root, hold_out=0):
             (images[-hold_out:], labels[-hold_out:]),
         ]
     counts = [f"{len(labels):,}" for _, labels in splits]
-    name = "" if sha256 == FASHION_MNIST_SHA256 else " (not Fashion-MNIST)"
-    print(f"{counts[0]} training and {counts[1]} test images from {raw}{name}", flush=True)
+    remark = "" if sha256 == FASHION_MNIST_SHA256 else " (not Fashion-MNIST)"
+    print(f"{counts[0]} training and {counts[1]} test images from {raw}{remark}", flush=True)
     return splits, sha256
 
 
@@ -121,7 +131,7 @@ def fetch(root):
             fetched.mkdir(parents=True)
             for archive in DEBIAN_PACKAGE.glob("*.gz"):
                 (fetched / archive.stem).write_bytes(gzip.decompress(archive.read_bytes()))
-            # This downloads only what is not there yet, and fails if a file is still missing.
+            # If a file is missing, torchvision downloads all four, and fails if it cannot.
             FashionMNIST(temporary, download=True)
             raw.parent.mkdir(exist_ok=True)
             try:
@@ -143,6 +153,9 @@ def check_split(images, labels):
         raise ValueError(f"images {list(images.shape)} for {len(labels)} labels, not [N, 28, 28]")
     if labels.max() >= len(CLASSES):
         raise ValueError(f"a label is {labels.max()}, but there are {len(CLASSES)} classes")
+
+
+# --- A picture of one's own ---------------------------------------------------------------
 
 
 def read_picture(path):
@@ -186,12 +199,93 @@ def read_picture(path):
     return (1 - image / 255).clamp(0, 1)
 
 
-# --- Writing files ------------------------------------------------------------------------
+# --- The files of a run -------------------------------------------------------------------
+
+# train.py writes the first four, and reads the first one to resume.
+STATE = "state.pth"
+CONFIG = "config.json"
+LOG = "losses.csv"
+WEIGHTS = "convvae_fashionmnist.pth"
+CLASSIFICATION = "classification.json"  # written by classify.py
+BASELINES = "baselines.json"  # written by classify.py --baselines
+
+
+@dataclass
+class Run:
+    """A run, as train.py has saved it in a folder."""
+
+    path: Path
+    config: dict  # the options of train.py, the checksum of the data, version of torch, device
+    log: list  # a dict for each finished epoch, with the columns of losses.csv
+
+    def __str__(self):
+        network = f"network {self.config['model']}, {self.config['latent_dim']} latent dimensions"
+        return f"{self.path}: {network}, epoch {len(self.log)} of {self.config['epochs']}"
+
+
+def read_run(path):
+    """Return the Run in a folder. Raises UserError if there is none, or if a file is damaged."""
+    path = Path(os.path.expanduser(path))
+    if not (path / CONFIG).exists():
+        raise UserError(f"There is no run in {path}. To train one: python train.py --run {path}")
+    return Run(path, read(path / CONFIG, parse_config), read(path / LOG, parse_log))
+
+
+def load_run_data(run, root):
+    """Return the training and the test split of a Run, as in `load_splits`, from `root`.
+
+    Raises UserError if the data in `root` are not those on which the run was trained.
+    """
+    splits, sha256 = load_splits(root, run.config["hold_out"])
+    if sha256 != run.config["data_sha256"]:
+        raise UserError(
+            f"{run.path} was not trained on the data in {root}. Give the folder of its data with "
+            "--data."
+        )
+    return splits
+
+
+def current_classification(run):
+    """Return the content of classification.json if it was measured after the last epoch of `run`.
+
+    Otherwise return None and print a warning. Raises UserError if the file is damaged.
+    """
+    path = run.path / CLASSIFICATION
+    if not path.exists():
+        problem = "is missing"
+    else:
+        classification = read(path, parse_classification)
+        if classification["epoch"] == len(run.log):
+            return classification
+        problem = f"is from epoch {classification['epoch']}, but the run has {len(run.log)} epochs"
+    print(
+        f"Warning: {path} {problem}. To write it: python classify.py --run {run.path}",
+        file=sys.stderr,
+    )
+    return None
+
+
+def read(path, parse):
+    """Return `parse(content)` for the bytes of a file.
+
+    If this fails, raise UserError with the name of the file. A UserError of `parse` stays as it is.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    try:
+        return parse(content)
+    except UserError:
+        raise
+    except Exception as error:  # damaged bytes can cause almost any error
+        raise UserError(f"{path} cannot be used ({reason(error)}).") from error
 
 
 def write_bytes(path, content):
     """Write a file completely or not at all. Raises UserError if it cannot be written."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    # Two containers that share a disk can have equal process numbers, so the name is random.
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -209,7 +303,59 @@ def json_bytes(value):
     return f"{json.dumps(value, indent=1)}\n".encode()
 
 
-# --- The command line ---------------------------------------------------------------------
+def parse_config(content):
+    """Return the content of config.json."""
+    config = json.loads(content)
+    for name in ("model", "latent_dim", "seed", "epochs", "hold_out", "data_sha256"):
+        if name not in config:
+            raise ValueError(f"{name} is missing")
+    return config
+
+
+def parse_classification(content):
+    """Return the content of classification.json."""
+    classification = json.loads(content)
+    for name in ("epoch", "accuracy", "recall", "confusion_matrix"):
+        if name not in classification:
+            raise ValueError(f"{name} is missing")
+    return classification
+
+
+def log_bytes(log):
+    """Return a loss log, a list of dicts with equal keys, as the content of a CSV file."""
+    lines = [",".join(log[0])]
+    for row in log:
+        lines.append(",".join(str(value) for value in row.values()))
+    return ("\n".join(lines) + "\n").encode()
+
+
+def parse_log(content):
+    """Return the rows of losses.csv as dicts of numbers."""
+    log = []
+    for row in csv.DictReader(content.decode().splitlines()):
+        log.append({name: float(value) for name, value in row.items()})
+    if not log:
+        raise ValueError("it has no rows")
+    losses = ("train_loss", "train_bce", "train_kld", "test_loss", "test_bce", "test_kld")
+    for name in ("epoch", *losses):
+        if name not in log[0]:
+            raise ValueError(f"the column {name} is missing")
+    return log
+
+
+def tensor_bytes(value):
+    """Return a value with tensors as the content of a file of torch.save."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def parse_tensors(content):
+    """Return what torch.save wrote, with all tensors on the CPU. Code in the file is not run."""
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
+# --- The command line and its errors ------------------------------------------------------
 
 
 def command_line(description):

@@ -1,20 +1,13 @@
-"""The networks and their loss, reading a trained run, latent means and samples."""
+"""The VAE: networks, loss, latent means and samples."""
 
 import copy
-import csv
-import io
-import json
-import os
-import sys
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import data
-from data import UserError
+from data import CONFIG, WEIGHTS, UserError
 
 # --- Networks -----------------------------------------------------------------------------
 
@@ -26,7 +19,8 @@ class VAE(nn.Module):
     codes z are [N, latent_dim].
 
     A subclass takes `latent_dim`. It defines the layers `fc_mu` and `fc_log`, and the methods
-    `features` (the outputs of the hidden layers of the encoder) and `decode`.
+    `features` and `decode`. `features` returns the outputs of all hidden layers of the encoder:
+    feature matching compares them all, and `encode` uses the last one.
     """
 
     def encode(self, x):
@@ -160,6 +154,31 @@ class DeepConvVAE(VAE):
 MODELS = {"conv": ConvVAE, "fc": FullyConnectedVAE, "deep": DeepConvVAE}
 
 
+def load_network(run):
+    """Return the trained network of a `data.Run`, on the CPU and in evaluation mode.
+
+    Raises UserError if the run has no weights, or if they do not fit the network.
+    """
+    name = run.config["model"]
+    if name not in MODELS:
+        raise UserError(
+            f"{run.path} needs the network {name}, but MODELS in model.py does not have it. Add it."
+        )
+    path = run.path / WEIGHTS
+    if not path.exists():
+        raise UserError(
+            f"{run.path} has no {WEIGHTS}. To train the network again, give train.py the options "
+            f"in its {CONFIG}, and another folder with --run."
+        )
+
+    def parse_weights(content):
+        model = MODELS[name](run.config["latent_dim"])
+        model.load_state_dict(data.parse_tensors(content))
+        return model.eval()
+
+    return data.read(path, parse_weights)
+
+
 # --- Loss ---------------------------------------------------------------------------------
 
 
@@ -172,7 +191,8 @@ def loss_function(recon_x, x, mu, logvar, beta=1.0):
     train.py adds it.
 
     A further term that is added to the loss here is minimized, but it is neither logged nor seen by
-    the plateau schedule and classify.py, which use BCE and KLD alone.
+    the plateau schedule and classify.py, which use BCE and KLD alone. On CUDA, a training step is
+    recorded, so this function must not read a value there, as `print` and `.item()` do.
     """
     bce = reconstruction_bce(recon_x, x)
     kld = kl_divergence(mu, logvar)
@@ -197,141 +217,6 @@ def kl_divergence(mu, logvar):
     mu and logvar are [N, latent_dim]. The sum runs over all latent dimensions and images.
     """
     return -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp())
-
-
-# --- A trained run ------------------------------------------------------------------------
-
-# The files of a run. train.py writes the first four, and reads the first one to resume.
-STATE = "state.pth"
-CONFIG = "config.json"
-LOG = "losses.csv"
-WEIGHTS = "convvae_fashionmnist.pth"
-CLASSIFICATION = "classification.json"  # written by classify.py
-BASELINES = "baselines.json"  # written by classify.py --baselines
-
-
-@dataclass
-class Run:
-    """A run, as train.py has saved it in a folder."""
-
-    path: Path
-    config: dict  # the options of train.py, the checksum of the data, version of torch, device
-    log: list  # a dict for each finished epoch, with the columns of losses.csv
-
-    def __str__(self):
-        model = MODELS[self.config["model"]].__name__
-        latent_dim = self.config["latent_dim"]
-        epochs = f"epoch {len(self.log)} of {self.config['epochs']}"
-        return f"{self.path}: {model}, {latent_dim} latent dimensions, {epochs}"
-
-
-def read_run(path):
-    """Return the Run in a folder. Raises UserError if there is none, or if a file is damaged."""
-    path = Path(os.path.expanduser(path))
-    if not (path / CONFIG).exists():
-        raise UserError(f"There is no run in {path}. To train one: python train.py --run {path}")
-    return Run(path, read(path / CONFIG, parse_config), read(path / LOG, parse_log))
-
-
-def load_network(run):
-    """Return the trained network of a Run, on the CPU and in evaluation mode.
-
-    Raises UserError if the run has no weights, or if they do not fit the network.
-    """
-
-    def parse_weights(content):
-        model = MODELS[run.config["model"]](run.config["latent_dim"])
-        model.load_state_dict(load_tensors(content))
-        return model.eval()
-
-    path = run.path / WEIGHTS
-    if not path.exists():
-        raise UserError(
-            f"{run.path} has no {WEIGHTS}. To train the network again, give train.py the options "
-            f"in its {CONFIG}, and another folder with --run."
-        )
-    return read(path, parse_weights)
-
-
-def load_run_data(run, root):
-    """Return the training and the test split of a Run, as in `data.load_splits`, from `root`.
-
-    Raises UserError if the data in `root` are not those on which the run was trained.
-    """
-    splits, sha256 = data.load_splits(root, run.config["hold_out"])
-    if sha256 != run.config["data_sha256"]:
-        raise UserError(
-            f"{run.path} was not trained on the data in {root}. Give the folder of its data with "
-            "--data."
-        )
-    return splits
-
-
-def current_classification(run):
-    """Return the content of classification.json if it was measured after the last epoch of `run`.
-
-    Otherwise return None and print a warning. Raises UserError if the file is damaged.
-    """
-    path = run.path / CLASSIFICATION
-    if not path.exists():
-        problem = "is missing"
-    else:
-        classification = read(path, parse_classification)
-        if classification["epoch"] == len(run.log):
-            return classification
-        problem = f"is from epoch {classification['epoch']}, but the run has {len(run.log)} epochs"
-    print(
-        f"Warning: {path} {problem}. To write it: python classify.py --run {run.path}",
-        file=sys.stderr,
-    )
-    return None
-
-
-def read(path, parse):
-    """Return `parse(content)` for the bytes of a file.
-
-    If this fails, raise UserError with the name of the file. A UserError of `parse` stays as it is.
-    """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    try:
-        return parse(content)
-    except UserError:
-        raise
-    except Exception as error:  # damaged bytes can cause almost any error
-        raise UserError(f"{path} cannot be used ({data.reason(error)}).") from error
-
-
-def load_tensors(content):
-    """Return what torch.save wrote, from the bytes of the file. Code in it is not run."""
-    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-
-
-def parse_config(content):
-    """Return the content of config.json."""
-    config = json.loads(content)
-    for name in ("model", "latent_dim", "seed", "epochs", "hold_out", "data_sha256"):
-        if name not in config:
-            raise ValueError(f"{name} is missing")
-    return config
-
-
-def parse_log(content):
-    """Return the rows of losses.csv as dicts of numbers."""
-    log = []
-    for row in csv.DictReader(content.decode().splitlines()):
-        log.append({name: float(value) for name, value in row.items()})
-    log[-1]["test_loss"]  # raises an error if there are no rows, or if they have other columns
-    return log
-
-
-def parse_classification(content):
-    """Return the content of classification.json."""
-    classification = json.loads(content)
-    classification["epoch"]  # raises an error if it is missing
-    return classification
 
 
 # --- Latent means and samples -------------------------------------------------------------
@@ -383,11 +268,14 @@ def sample_mixture(model, images, n):
     results/mixture.txt. Each Gaussian needs 6 * latent_dim different latent means, so there are
     fewer Gaussians with more than 33 latent dimensions or with few images.
 
-    The codes are in the order of the Gaussians, so the first ones alone are not a fair sample.
+    The codes are in the order of the Gaussians, so the first ones alone are not a fair sample. The
+    random state is fixed, so each call returns the same codes, whatever `torch.manual_seed` was.
     """
     # Imported here because train.py does not need scikit-learn, which takes a second to import.
     from sklearn.mixture import GaussianMixture
 
+    # scikit-learn computes in the precision of its input, and float32 is too coarse for the
+    # covariances of latent dimensions that are nearly constant.
     mu = latent_means(model, images[:10_000]).double()
     max_gaussians = len(mu.unique(dim=0)) // (6 * mu.shape[1])
     n_components = min(50, max(1, max_gaussians))
@@ -410,13 +298,14 @@ class TransposedConv2d(nn.ConvTranspose2d):
 
     def forward(self, x):
         """Return [N, out_channels, H', W'] for x [N, in_channels, H, W]."""
-        # Autocast and ONNX export know only PyTorch's public function.
+        # torch.compile, torch.export, ONNX export and autocast know only PyTorch's public function.
         use_fast_kernel = (
             self.out_channels == 1
             and x.device.type == "cpu"
             and x.dtype == torch.float32
-            and not torch.is_autocast_enabled("cpu")
+            and not torch.compiler.is_compiling()
             and not torch.onnx.is_in_onnx_export()
+            and not torch.is_autocast_enabled("cpu")
         )
         if use_fast_kernel:
             y = torch.ops.aten.slow_conv_transpose2d(

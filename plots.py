@@ -11,15 +11,10 @@ from sklearn.manifold import TSNE
 from sklearn.metrics import ConfusionMatrixDisplay
 
 import data
-from model import (
-    active_dimensions,
-    current_classification,
-    latent_means,
-    load_network,
-    load_run_data,
-    read_run,
-    sample_mixture,
-)
+from model import active_dimensions, latent_means, load_network, sample_mixture
+
+# t-SNE of all 10,000 test images would take minutes.
+LATENT_SPACE_IMAGES = 5000
 
 DESCRIPTION = """Draw the figures of a run, as PNG files in its folder: loss curves,
 reconstructions, samples, interpolations, the latent space and, once classify.py has measured the
@@ -31,26 +26,28 @@ run, the confusion matrix.
 def main():
     parser, _ = data.command_line(DESCRIPTION)
     args = parser.parse_args()
-    run = read_run(args.run)
+    run = data.read_run(args.run)
     print(run)
     model = load_network(run)
-    classification = current_classification(run)
-    (train_images, _), (test_images, test_labels) = load_run_data(run, args.data)
+    classification = data.current_classification(run)
+    (train_images, _), (test_images, test_labels) = data.load_run_data(run, args.data)
     classes = test_labels.unique().tolist()
     firsts = first_images(test_images, test_labels)
+    latent_dim = run.config["latent_dim"]
 
     save(run, "loss_curves.png", draw_losses(run.log))
     save(run, "reconstructions.png", draw_reconstructions(model, firsts, classes))
-    save(run, "samples.png", draw_samples(model, run.config["latent_dim"], train_images))
-    save(run, "interpolations.png", draw_interpolations(model, firsts))
-    mu = latent_means(model, test_images[:5000])  # t-SNE of all 10,000 would take minutes
-    if active_dimensions(mu) > 0:
-        save(run, "latent_space.png", draw_latent_space(mu, test_labels[:5000]))
-    else:
+    save(run, "samples.png", draw_samples(model, latent_dim, train_images))
+    if len(classes) > 1:  # otherwise there is nothing to interpolate between
+        save(run, "interpolations.png", draw_interpolations(model, firsts))
+    mu = latent_means(model, test_images[:LATENT_SPACE_IMAGES])
+    if active_dimensions(mu) == 0:
         print(
             "Warning: all latent dimensions have collapsed, so latent_space.png is not drawn.",
             file=sys.stderr,
         )
+    elif latent_dim > 1:  # a single dimension cannot be drawn in two
+        save(run, "latent_space.png", draw_latent_space(mu, test_labels[:LATENT_SPACE_IMAGES]))
     if classification:
         save(run, "confusion_matrix.png", draw_confusion_matrix(classification))
 
@@ -168,12 +165,18 @@ def draw_latent_space(mu, labels):
 
 def draw_confusion_matrix(classification):
     """Draw the confusion matrix in the content of classification.json."""
+    names = list(classification["recall"])  # CLASSES may have been edited since
     matrix = torch.tensor(classification["confusion_matrix"]).numpy()
     accuracy = f"{classification['accuracy'] * 100:.2f} % correct"
     figure = Figure(figsize=(6.5, 6.5), layout="constrained")
     axis = figure.subplots()
-    ConfusionMatrixDisplay(matrix, display_labels=data.CLASSES).plot(
-        ax=axis, cmap="Blues", colorbar=False, xticks_rotation=60, values_format="d"
+    ConfusionMatrixDisplay(matrix, display_labels=names).plot(
+        ax=axis,
+        cmap="Blues",
+        colorbar=False,
+        xticks_rotation=60,
+        values_format="d",
+        im_kw={"origin": "upper"},
     )
     axis.set_title(f"Random Forest on μ, epoch {classification['epoch']}: {accuracy}")
     return figure
@@ -187,7 +190,8 @@ def draw_grid(rows, row_names=(), titles=()):
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for row, row_axes in zip(rows, axes):
         for image, axis in zip(row, row_axes):
-            axis.imshow(image[0].numpy(), cmap="gray", vmin=0, vmax=1)
+            # A matplotlibrc may have another origin, which would turn the images over.
+            axis.imshow(image[0].numpy(), cmap="gray", vmin=0, vmax=1, origin="upper")
             axis.set(xticks=[], yticks=[])
     for axis, name in zip(axes[:, 0], row_names):
         axis.set_ylabel(name, fontsize=11)

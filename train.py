@@ -1,7 +1,6 @@
 """Train a VAE on Fashion-MNIST, and save the run in a folder after each epoch."""
 
 import argparse
-import io
 import math
 import os
 import sys
@@ -14,21 +13,17 @@ import torch.nn.functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
 
 import data
-from data import UserError, positive_int
-from model import (
+from data import (
     BASELINES,
     CLASSIFICATION,
     CONFIG,
     LOG,
-    MODELS,
     STATE,
     WEIGHTS,
-    load_network,
-    load_tensors,
-    loss_function,
-    read,
-    read_run,
+    UserError,
+    positive_int,
 )
+from model import MODELS, load_network, loss_function
 
 DESCRIPTION = """Train a VAE on Fashion-MNIST. Without options, this is the network and the training
 of the report. Run the same command again to resume after an interruption. Give more --epochs to
@@ -52,8 +47,11 @@ def main():
     optimizer = make_optimizer(model, args.lr, device)
     feature_model = None
     if args.feature_run:
-        feature_model = load_network(read_run(args.feature_run)).requires_grad_(False).to(device)
+        feature_model = load_network(data.read_run(args.feature_run))
+        feature_model.requires_grad_(False).to(device)
 
+    # Before each epoch is saved, state.pth is compared with state_bytes, its content as this
+    # process knows it. So a second train.py in the same folder is noticed.
     log, state_bytes = resume(args.run, config, model, optimizer)
     if len(log) >= args.epochs:
         advice = ""
@@ -64,16 +62,19 @@ def main():
     train_images = train_images.to(device)
     test_images = test_images.to(device)
 
-    def step(images):
+    def uncaptured_step(images):
         return train_step(model, optimizer, images, args.beta, feature_model, args.feature_weight)
 
     if device == "cuda":
         # The step is recorded once and then replayed, which is faster. Numbers such as args.beta
         # are recorded, too. If beta changed during training, it would have to be a tensor, as the
         # learning rate is.
-        step = CapturedStep(step, args.batch_size)
-    # These two are added only now, because a run may be resumed on another machine. The version is
-    # not a plain string, and torch.load would refuse it in state.pth.
+        step = CapturedStep(uncaptured_step, args.batch_size)
+    else:
+        step = uncaptured_step
+
+    # A run may be resumed on another machine, so these two are no part of the config that `resume`
+    # compares. The version is not a plain string, and torch.load would refuse it in state.pth.
     config["torch"] = str(torch.__version__)
     config["device"] = describe_device(device)
     name = type(model).__name__
@@ -127,6 +128,8 @@ def train_epoch(step, images, batch_size):
 def test_epoch(model, images):
     """Return the mean losses of test images [N, 1, 28, 28], in nats per image."""
     sums = []
+    # The random numbers of z are drawn batch by batch, so another batch size would give other
+    # losses. The published runs were trained with this one.
     for batch in images.split(500):
         reconstruction, mu, logvar = model(batch)
         _, bce, kld = loss_function(reconstruction, batch, mu, logvar)
@@ -264,13 +267,13 @@ def resume(path, config, model, optimizer):
         return [], None
 
     def load_state(content):
-        state = load_tensors(content)
+        state = data.parse_tensors(content)
         check_same_config(path, state["config"], config)
         model.load_state_dict(state["model"])
         load_optimizer_state(optimizer, state["optimizer"])
         return state, content
 
-    state, content = read(path / STATE, load_state)
+    state, content = data.read(path / STATE, load_state)
     # train.py may have been killed after it wrote state.pth and before it wrote the other files.
     export(path, state["config"], state["model"], state["log"])
     return state["log"], content
@@ -279,11 +282,16 @@ def resume(path, config, model, optimizer):
 def check_same_config(path, before, config):
     """Raise UserError, naming the first difference, unless a run was trained with this config.
 
+    `before` is the config of the run. An option that only one of the two has is a difference, too.
     Another number of epochs is allowed, except with a cosine schedule, whose learning rates depend
     on it.
     """
-    for name, value in config.items():
-        if before.get(name) == value:
+    for name in {**config, **before}:
+        # Only the run has these. It may be resumed on another machine, and commit a07dceb also
+        # wrote the checksum of the feature network.
+        if name in ("torch", "device", "feature_sha256"):
+            continue
+        if before.get(name) == config.get(name):
             continue
         if name == "epochs" and before.get("lr_scheduler") != "cosine":
             continue
@@ -291,7 +299,7 @@ def check_same_config(path, before, config):
             difference = "on other data"
         else:
             option = f"--{name.replace('_', '-')}"
-            difference = f"with {option} {before.get(name)}, not {value}"
+            difference = f"with {option} {before.get(name)}, not {config.get(name)}"
         raise UserError(f"{path} was trained {difference}. Choose another folder with --run.")
 
 
@@ -330,7 +338,7 @@ def save(path, previous, config, model, optimizer, log):
         "optimizer": optimizer.state_dict()["state"],
         "log": log,
     }
-    content = tensor_bytes(state)
+    content = data.tensor_bytes(state)
     data.write_bytes(path / STATE, content)
     export(path, config, weights, log)
     return content
@@ -340,24 +348,9 @@ def export(path, config, weights, log):
     """Write the files that the other scripts read: the weights, losses.csv and config.json."""
     # The weights come before the log, because classification.json is compared with the log. So if
     # this is interrupted, classify.py never measures older weights than the log says.
-    data.write_bytes(path / WEIGHTS, tensor_bytes(weights))
-    data.write_bytes(path / LOG, log_bytes(log))
+    data.write_bytes(path / WEIGHTS, data.tensor_bytes(weights))
+    data.write_bytes(path / LOG, data.log_bytes(log))
     data.write_bytes(path / CONFIG, data.json_bytes(config))
-
-
-def tensor_bytes(value):
-    """Return what torch.save writes into a file."""
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
-
-
-def log_bytes(log):
-    """Return a loss log as the content of a CSV file."""
-    lines = [",".join(log[0])]
-    for row in log:
-        lines.append(",".join(str(value) for value in row.values()))
-    return ("\n".join(lines) + "\n").encode()
 
 
 # --- Devices and speed --------------------------------------------------------------------
@@ -408,27 +401,20 @@ class CapturedStep:
         self.step = step
         self.batch_size = batch_size
         self.batches_before_capture = 3
-        self.can_capture = True
         self.graph = None
 
     def __call__(self, images):
-        """Train on a batch [B, 1, 28, 28], and return [BCE, KLD] in nats, summed over the batch."""
-        if not self.can_capture or len(images) != self.batch_size:
+        """Train on a batch [B, 1, 28, 28], and return [BCE, KLD] in nats, summed over the batch.
+
+        Raises UserError if the step cannot be captured.
+        """
+        if len(images) != self.batch_size:
             return self.step(images)
         if self.batches_before_capture > 0:
             self.batches_before_capture -= 1
             return self.step(images)
         if self.graph is None:
-            try:
-                self.capture(images)
-            except RuntimeError as error:
-                print(
-                    "Warning: the training step cannot be captured as a CUDA graph "
-                    f"({data.reason(error)}). Training continues without it, at a lower speed.",
-                    file=sys.stderr,
-                )
-                self.can_capture = False
-                return self.step(images)
+            self.capture(images)
         self.images.copy_(images)
         self.graph.replay()
         return self.sums.clone()
@@ -437,8 +423,15 @@ class CapturedStep:
         """Record the kernels of a step. This does not run them."""
         graph = torch.cuda.CUDAGraph()
         self.images = images.clone()
-        with torch.cuda.graph(graph):
-            self.sums = self.step(self.images)
+        try:
+            with torch.cuda.graph(graph):
+                self.sums = self.step(self.images)
+        except RuntimeError as error:
+            # PyTorch's random generator may stay in capture mode, so training cannot go on.
+            raise UserError(
+                f"The training step cannot be captured as a CUDA graph ({data.reason(error)}). It "
+                "must not read a value, as print and .item() do. Change that, or use --device cpu."
+            ) from error
         self.graph = graph
 
 
@@ -549,8 +542,10 @@ def parse_arguments():
     )
 
     args = parser.parse_args()
-    if bool(args.feature_weight) != bool(args.feature_run):
-        parser.error("--feature-weight and --feature-run must be given together")
+    if args.feature_run and args.feature_weight == 0:
+        parser.error("--feature-run needs a positive --feature-weight")
+    if args.feature_weight > 0 and not args.feature_run:
+        parser.error("--feature-weight needs a --feature-run")
     return args
 
 

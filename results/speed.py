@@ -3,6 +3,8 @@
 Run it in the root of the repository, on a machine that does nothing else:
 
     python results/speed.py --pairs 5
+
+The tests use `ReportVAE` and `report_loss` as the reference for the network and its loss.
 """
 
 import argparse

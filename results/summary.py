@@ -1,9 +1,7 @@
-"""Print the tables of results/README.md, and draw the figures that compare runs.
+"""Print the tables of results/README.md, and the numbers in the text of both pages.
 
 python results/summary.py                  # the tables of all runs in results/
 python results/summary.py results/search   # the tables of the search
-python results/summary.py --figures        # draws the figures first
-python results/summary.py --pixels         # first fits ten Random Forests on pixels (10 minutes)
 """
 
 import argparse
@@ -16,26 +14,8 @@ from typing import NamedTuple
 RESULTS = Path(__file__).resolve().parent
 ROOT = RESULTS.parent
 sys.path.insert(0, str(ROOT))
-import matplotlib.style
-import torch
-from matplotlib.colors import PowerNorm
-from matplotlib.figure import Figure
-from sklearn.metrics import ConfusionMatrixDisplay
-
 import data
-import plots
-from classify import fit_forest
-from data import UserError
-from model import (
-    BASELINES,
-    CLASSIFICATION,
-    Run,
-    current_classification,
-    load_network,
-    read,
-    read_run,
-    sample_mixture,
-)
+from data import BASELINES, CLASSIFICATION, Run, UserError
 
 
 class Column(NamedTuple):
@@ -113,29 +93,8 @@ NOT_COMPARED = [REFERENCE, "fc-latent16", "best32", "best64"]
 
 
 def main():
-    args = parse_arguments()
-    if args.pixels or args.figures:
-        if args.folder.resolve() != RESULTS:
-            raise UserError("--pixels and --figures belong to the published results. Omit FOLDER.")
-        splits = load_fashion_mnist(args.data)
-        if args.pixels:
-            measure_pixels(splits)
-        if args.figures:
-            draw_figures(splits)
-    print(tables(args.folder))
-    if args.folder.resolve() == RESULTS:
-        print(differences(COMPARED))
-        print(differences(SAMPLES))
-        print(page_tables())
-        print(page_numbers())
-
-
-def parse_arguments():
-    """Return the options of the command line."""
     parser = argparse.ArgumentParser(
-        usage="%(prog)s [options] [FOLDER]",
-        description="Print the tables of results/README.md. With --figures, draw the figures that "
-        "compare runs.",
+        usage="%(prog)s [FOLDER]", description="Print the tables of results/README.md."
     )
     parser.add_argument(
         "folder",
@@ -145,45 +104,61 @@ def parse_arguments():
         default=RESULTS,
         help="folder with runs in <name>/seed<n> (default: the folder of this script)",
     )
-    parser.add_argument(
-        "--data",
-        type=data.folder,
-        metavar="DIR",
-        default=data.DEFAULT_ROOT,
-        help="folder of Fashion-MNIST (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--pixels",
-        action="store_true",
-        help="first fit ten Random Forests on the raw pixels, which takes about ten minutes",
-    )
-    parser.add_argument(
-        "--figures", action="store_true", help="first draw the figures that compare runs"
-    )
-    return parser.parse_args()
-
-
-def load_fashion_mnist(root):
-    """Return the splits of Fashion-MNIST. Raises UserError if `root` has another data set."""
-    splits, sha256 = data.load_splits(root)
-    if sha256 != data.FASHION_MNIST_SHA256:
-        raise UserError(f"{root} is not Fashion-MNIST, on which the published runs were trained.")
-    return splits
+    folder = parser.parse_args().folder
+    results = load_results(folder)
+    print(tables(folder, results))
+    if folder.resolve() == RESULTS:
+        print(differences(results, COMPARED))
+        print(differences(results, SAMPLES))
+        print(page_tables(results))
+        print(page_numbers(results))
 
 
 # --- Reading results ----------------------------------------------------------------------
 
 
 class Result(NamedTuple):
-    """A run, and everything that was measured of it."""
+    """A run with all that was measured of it, or a baseline, which is no run."""
 
-    run: Run | None  # None for a baseline, which is no run
-    # For a run: the last row of the loss log, classification.json, first_train_loss and gap. For a
-    # baseline: only what was measured of it.
+    run: Run | None
+    # The metrics by their name. For a run: the last row of the loss log, classification.json,
+    # first_train_loss and gap. For a baseline: only what was measured of it.
     metrics: dict
 
 
 def load_results(folder):
+    """Return the Results of all evaluated runs in `folder`/<name>/seed<n>, as {name: [Result]}.
+
+    The names are in the order of the tables, and the results of a name in the order of the seeds.
+    Raises UserError if there are none, or if runs cannot be compared.
+    """
+    names = {path.parent.parent.name for path in folder.glob(f"*/seed*/{CLASSIFICATION}")}
+    titles = titles_of(folder)
+    in_order = [name for name in titles if name in names] + sorted(names - titles.keys())
+    results = {}
+    for name in in_order:
+        seeds = load_seeds(folder / name)
+        if seeds:
+            results[name] = seeds
+    if not results:
+        raise UserError(
+            f"{folder} has no evaluated runs in <name>/seed<n>. Evaluate runs with classify.py "
+            "first."
+        )
+    check_same_data([seeds[0].run for seeds in results.values()])
+    return results
+
+
+def titles_of(folder):
+    """Return the titles of the rows, {name: title}. Only published folders have titles."""
+    if folder.resolve() == RESULTS:
+        return TITLES
+    if folder.resolve() == RESULTS / "search":
+        return SEARCH_TITLES
+    return {}
+
+
+def load_seeds(folder):
     """Return the Result of each evaluated run in `folder`/seed<n>, in the order of the seeds.
 
     Runs that were trained further after their evaluation are left out, with a warning. Raises
@@ -191,8 +166,8 @@ def load_results(folder):
     """
     results = []
     for path in folder.glob(f"seed*/{CLASSIFICATION}"):
-        run = read_run(path.parent)
-        classification = current_classification(run)
+        run = data.read_run(path.parent)
+        classification = data.current_classification(run)
         if classification:
             metrics = {**run.log[-1], **classification}
             metrics["gap"] = metrics["test_loss"] - metrics["train_loss"]
@@ -214,10 +189,11 @@ def check_only_seeds_differ(run, other):
     differences = []
     if run.config["seed"] == other.config["seed"]:
         differences.append("the same seed")
-    for name, value in run.config.items():
+    for name in {**run.config, **other.config}:  # also options that only one of them has
         # The seeds differ on purpose, and the runs of a row may come from different machines.
-        is_compared = name in other.config and name not in ("seed", "torch", "device")
-        if is_compared and value != other.config[name]:
+        if name in ("seed", "torch", "device"):
+            continue
+        if run.config.get(name) != other.config.get(name):
             differences.append(f"different values of {name} in their configs")
     if len(run.log) != len(other.log):
         differences.append("different numbers of epochs in their logs")
@@ -226,6 +202,18 @@ def check_only_seeds_differ(run, other):
             f"{run.path} and {other.path} have {differences[0]}, so they cannot be in the same row "
             "of a table. Move one of them elsewhere."
         )
+
+
+def check_same_data(runs):
+    """Raise UserError unless all runs were trained and tested on the same images."""
+    for run in runs:
+        for name in ("data_sha256", "hold_out"):
+            if run.config[name] != runs[0].config[name]:
+                raise UserError(
+                    f"{runs[0].path} and {run.path} were trained on different data ({name} in "
+                    "their configs), so they cannot be in the same table. Move one of them "
+                    "elsewhere."
+                )
 
 
 def values_of(results, metric):
@@ -248,60 +236,39 @@ class Row(NamedTuple):
     results: list
 
 
-def tables(folder):
-    """Return the tables of all evaluated runs in `folder`/<name>/seed<n>, in Markdown."""
-    rows = load_rows(folder)
-    all_tables = [table(rows, metrics) for metrics in (LOSSES, RECONSTRUCTIONS, SAMPLES)]
+def tables(folder, results):
+    """Return the tables of the results {name: [Result]} of a folder, in Markdown."""
+    titles = titles_of(folder)
+    rows = []
+    for name, seeds in results.items():
+        rows.append(Row(titles.get(name, name), seeds[0].run.config["latent_dim"], seeds))
+    rows += baseline_rows(folder, results)
+    all_tables = [table(rows, columns) for columns in (LOSSES, RECONSTRUCTIONS, SAMPLES)]
     return "\n".join(text for text in all_tables if text)
 
 
-def load_rows(folder):
-    """Return the rows of the tables. The baselines have rows of their own, at the end.
-
-    Raises UserError if there are no evaluated runs, or if two folders have runs on different data.
-    """
-    titles = {}
-    if folder.resolve() == RESULTS:
-        titles = TITLES
-    elif folder.resolve() == RESULTS / "search":
-        titles = SEARCH_TITLES
-    names = {path.parent.parent.name for path in folder.glob(f"*/seed*/{CLASSIFICATION}")}
-    in_order = [name for name in titles if name in names] + sorted(names - titles.keys())
-    rows = []
-    baselines = {}
-    for name in in_order:
-        results = load_results(folder / name)
-        if results:
-            config = results[0].run.config
-            rows.append(Row(titles.get(name, name), config["latent_dim"], results))
-            for result in results:
-                # Baselines do not depend on the network, so those of one run stand for all.
-                for row in baseline_rows(result.run):
-                    baselines[row.title, row.dimensions] = row
-    if not rows:
-        raise UserError(
-            f"{folder} has no evaluated runs in <name>/seed<n>. Evaluate runs with classify.py "
-            "first."
-        )
-    first_run = rows[0].results[0].run
-    for row in rows:
-        run = row.results[0].run
-        if run.config["data_sha256"] != first_run.config["data_sha256"]:
-            raise UserError(f"{first_run.path} and {run.path} were trained on different data.")
+def baseline_rows(folder, results):
+    """Return the rows of the baselines, which do not depend on a network, in alphabetical order."""
+    rows = {}
+    for seeds in results.values():
+        for result in seeds:
+            # Those of one run stand for all.
+            for row in baselines_of(result.run):
+                rows[row.title, row.dimensions] = row
     if (folder / "pixels.json").exists():
-        accuracies = read(folder / "pixels.json", json.loads).values()
-        results = [Result(None, {"accuracy": accuracy}) for accuracy in accuracies]
-        row = Row("pixels, random states 0 to 9", 784, results)
-        baselines[row.title, row.dimensions] = row
-    return rows + [baselines[key] for key in sorted(baselines)]
+        accuracies = data.read(folder / "pixels.json", json.loads).values()
+        forests = [Result(None, {"accuracy": accuracy}) for accuracy in accuracies]
+        row = Row("pixels, random states 0 to 9", 784, forests)
+        rows[row.title, row.dimensions] = row
+    return [rows[key] for key in sorted(rows)]
 
 
-def baseline_rows(run):
+def baselines_of(run):
     """Return the rows of the baselines that were measured with classify.py --baselines."""
     path = run.path / BASELINES
     if not path.exists():
         return []
-    baselines = read(path, json.loads)
+    baselines = data.read(path, json.loads)
     hold_out = run.config["hold_out"]
     suffix = f", validation split of {hold_out}" if hold_out else ""
     latent_dim = run.config["latent_dim"]
@@ -317,32 +284,32 @@ def baseline_rows(run):
     return rows
 
 
-def table(rows, metrics):
-    """Return a table in Markdown, or "" if no row has any of the metrics.
+def table(rows, columns):
+    """Return a table in Markdown, or "" if no row has any of the columns.
 
     A cell is the mean ± the standard deviation over the n results that have been measured.
     """
     lines = []
     for row in rows:
-        n = number_measured(row.results, metrics)
-        cells = [cell(row.results, metric) for metric in metrics]
+        n = number_measured(row.results, columns)
+        cells = [cell(row.results, column) for column in columns]
         if n > 0:
             lines.append([row.title, str(row.dimensions), str(n), *cells])
     if not lines:
         return ""
-    return markdown(["Runs", "Dimensions", "n"], metrics, lines)
+    return markdown(["Runs", "Dimensions", "n"], columns, lines)
 
 
-def markdown(first_titles, metrics, lines):
-    """Return a table in Markdown, with the titles of its first columns, and a column per metric."""
-    titles = [*first_titles, *(COLUMNS[metric].title for metric in metrics)]
+def markdown(first_titles, columns, lines):
+    """Return a table in Markdown: its first columns by their titles, the others by their metric."""
+    titles = [*first_titles, *(COLUMNS[column].title for column in columns)]
     all_lines = [titles, ["---"] * len(titles), *lines]
     return "".join(f"| {' | '.join(line)} |\n" for line in all_lines)
 
 
-def number_measured(results, metrics):
-    """Return how many results have any of the metrics. Those of samples are often missing."""
-    return max(len(values_of(results, metric)) for metric in metrics)
+def number_measured(results, columns):
+    """Return how many results have any of the columns. The metrics of samples are often missing."""
+    return max(len(values_of(results, column)) for column in columns)
 
 
 def cell(results, metric):
@@ -360,22 +327,21 @@ def mean_and_sd(values, digits):
     return f"{mean(values):.{digits}f}\u00a0±\u00a0{stdev(values):.{digits}f}"
 
 
-def differences(metrics):
+def differences(results, columns):
     """Return a table in Markdown of how the variants differ from the report's network.
 
     A difference counts only if the ranges of the seeds do not overlap.
     """
-    reference = load_results(RESULTS / REFERENCE)
+    reference = results[REFERENCE]
     lines = []
     for name, title in TITLES.items():
         if name in NOT_COMPARED:
             continue
-        results = load_results(RESULTS / name)
         cells = []
-        for metric in metrics:
-            cells.append(difference(values_of(results, metric), values_of(reference, metric)))
-        lines.append([title, str(number_measured(results, metrics)), *cells])
-    return markdown(["Variant", "n"], metrics, lines)
+        for column in columns:
+            cells.append(difference(values_of(results[name], column), values_of(reference, column)))
+        lines.append([title, str(number_measured(results[name], columns)), *cells])
+    return markdown(["Variant", "n"], columns, lines)
 
 
 def difference(values, reference):
@@ -395,14 +361,14 @@ def difference(values, reference):
 # --- Numbers on the pages -----------------------------------------------------------------
 
 
-def page_tables():
+def page_tables(results):
     """Return the numbers in the two tables of README.md, a line "first cell: numbers" for each row.
 
     The numbers are separated by semicolons.
     """
-    runs32 = load_results(RESULTS / REFERENCE)
-    runs16 = load_results(RESULTS / "latent16")
-    connected = load_results(RESULTS / "fc-latent32")
+    runs32 = results[REFERENCE]
+    runs16 = results["latent16"]
+    connected = results["fc-latent32"]
     n32 = f"n = {len(runs32)}"
     n16 = f"n = {len(runs16)}"
     n_connected = f"n = {len(connected)}"
@@ -429,18 +395,18 @@ def page_tables():
     return "".join(f"{label}: {'; '.join(numbers)}\n" for label, numbers in rows.items())
 
 
-def page_numbers():
+def page_numbers(results):
     """Return the numbers in the text of README.md and results/README.md that are in no table."""
     lines = []
-    runs32 = load_results(RESULTS / REFERENCE)
-    runs16 = load_results(RESULTS / "latent16")
+    runs32 = results[REFERENCE]
+    runs16 = results["latent16"]
     for epochs, loss in [(10, "train_loss"), (10, "test_loss"), (50, "test_loss")]:
         lines.append(
             f"{REFERENCE}: {loss} falls in the last {epochs} epochs by {fall(runs32, loss, epochs)}"
         )
-    for name, results in [(REFERENCE, runs32), ("latent16", runs16)]:
+    for name, runs in [(REFERENCE, runs32), ("latent16", runs16)]:
         for label in ("Shirt", "Sandal"):
-            lines.append(f"{name}: {share_correct(results, label)} % of class {label} are correct")
+            lines.append(f"{name}: {share_correct(runs, label)} % of class {label} are correct")
     first_losses = values_of(runs32 + runs16, "first_train_loss")
     lines.append(
         f"{len(first_losses)} runs with 16 or 32 latent dimensions: the train loss of epoch 1 is "
@@ -454,10 +420,10 @@ def page_numbers():
         lines.append(f"{REFERENCE}: {title} is {low} to {high} (n = {len(values)})")
     lines.append(
         "epochs200: the test loss falls in the last 100 epochs by "
-        f"{fall(load_results(RESULTS / 'epochs200'), 'test_loss', 100)}"
+        f"{fall(results['epochs200'], 'test_loss', 100)}"
     )
     # The first seed of β = 0.1 was evaluated on the test set before the others were trained.
-    accuracies = values_of(load_results(RESULTS / "beta0.1"), "accuracy")
+    accuracies = values_of(results["beta0.1"], "accuracy")
     lines.append(f"beta0.1: accuracies {', '.join(f'{accuracy:.2f}' for accuracy in accuracies)} %")
     lines.append(f"beta0.1 without its first seed: {mean_and_sd(accuracies[1:], 2)} %")
     metrics = runs32[0].metrics
@@ -478,277 +444,6 @@ def fall(results, loss, epochs):
 def share_correct(results, label):
     """Return the percentage of the images of a class that are classified correctly."""
     return mean_and_sd([100 * result.metrics["recall"][label] for result in results], 1)
-
-
-def measure_pixels(splits):
-    """Fit the report's Random Forest on the 784 pixels with random states 0 to 9.
-
-    The accuracies on the test set are written to pixels.json.
-    """
-    (train_images, train_labels), (test_images, test_labels) = splits
-    train_pixels = train_images.flatten(1)
-    test_pixels = test_images.flatten(1)
-    accuracies = {}
-    for random_state in range(10):
-        forest = fit_forest(train_pixels, train_labels, random_state)
-        accuracies[random_state] = forest.score(test_pixels, test_labels)
-    data.write_bytes(RESULTS / "pixels.json", data.json_bytes(accuracies))
-
-
-# --- Figures ------------------------------------------------------------------------------
-
-# A font that can still be read when a figure is shown at half the width of a page.
-STYLE = ["default", {"font.size": 14, "axes.titlesize": 15}]
-
-
-@torch.no_grad()
-@matplotlib.style.context(STYLE)
-def draw_figures(splits):
-    """Draw the figures that compare runs, and write them to the folder of this script."""
-    (train_images, _), (test_images, test_labels) = splits
-    firsts = plots.first_images(test_images, test_labels)
-    figures = {
-        "hero.png": draw_hero(firsts),
-        "samples.png": draw_samples(train_images),
-        "matrices.png": draw_matrices(),
-        "losses.png": draw_losses(),
-        "beta.png": draw_beta(),
-        "proposals.png": draw_proposals(),
-        "accuracy.png": draw_accuracy(),
-    }
-    for name, figure in figures.items():
-        data.write_bytes(RESULTS / name, plots.png_bytes(figure))
-
-
-def metrics_of_seed_0(name):
-    """Return the metrics of seed 0 of a variant, as a dict."""
-    for result in load_results(RESULTS / name):
-        if seed_of(result) == 0:
-            return result.metrics
-    raise UserError(
-        f"{RESULTS / name}/seed0 is missing. Train it and evaluate it with classify.py."
-    )
-
-
-def draw_hero(firsts):
-    """Draw the first test image of each class, and three networks' reconstructions of them."""
-    rows = [firsts]
-    row_names = ["original"]
-    titles = {
-        "fc-latent32": "fully\nconnected,",
-        "latent32": "ConvVAE,",
-        "beta0.1": "ConvVAE,\nβ = 0.1,",
-    }
-    for name, title in titles.items():
-        model = load_network(read_run(RESULTS / name / "seed0"))
-        torch.manual_seed(0)
-        reconstructions, _, _ = model(firsts)
-        rows.append(reconstructions)
-        row_names.append(f"{title}\nMSE {1000 * metrics_of_seed_0(name)['mse']:.1f}")
-    classes = [name.replace("/", "/\n").replace(" ", "\n") for name in data.CLASSES]
-    return enlarge_labels(plots.draw_grid(rows, row_names, classes))
-
-
-def draw_samples(train_images):
-    """Draw ten samples from N(0, I) and ten from a mixture of Gaussians, for β = 1 and β = 0.1."""
-    rows = []
-    row_names = []
-    for name, beta in [("latent32", "β = 1"), ("beta0.1", "β = 0.1")]:
-        model = load_network(read_run(RESULTS / name / "seed0"))
-        metrics = metrics_of_seed_0(name)
-        torch.manual_seed(0)
-        rows.append(model.decode(torch.randn(10, 32)))
-        row_names.append(f"{beta}, N(0, I),\nFréchet {metrics['frechet_samples']:.2f}")
-        rows.append(model.decode(sample_mixture(model, train_images, 10)))
-        row_names.append(f"{beta}, mixture,\nFréchet {metrics['frechet_mixture_samples']:.2f}")
-    return enlarge_labels(plots.draw_grid(rows, row_names))
-
-
-def enlarge_labels(grid):
-    """Return a grid of images with larger labels, which are not rotated."""
-    for axis in grid.axes:
-        axis.yaxis.label.set(rotation=0, ha="right", va="center", fontsize=16)
-        axis.title.set_fontsize(15)
-    return grid
-
-
-def draw_matrices():
-    """Draw the report's confusion matrix and one of ours, in percent of each true class."""
-    report_matrix = json.loads((RESULTS / "report_matrix.json").read_bytes())
-    matrices = {
-        "The report": torch.tensor(report_matrix),
-        "Ours, 16 latent dimensions": torch.tensor(
-            metrics_of_seed_0("latent16")["confusion_matrix"]
-        ),
-    }
-    figure = Figure(figsize=(8.8, 5), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    for axis, (title, matrix) in zip(axes, matrices.items()):
-        shares = (100 * matrix / matrix.sum(dim=1, keepdim=True)).numpy()
-        display = ConfusionMatrixDisplay(shares, display_labels=data.CLASSES)
-        display.plot(
-            ax=axis,
-            cmap="Blues",
-            colorbar=False,
-            xticks_rotation=90,
-            values_format=".0f",
-            im_kw={"norm": PowerNorm(0.5)},  # so that small shares can be told apart
-        )
-        for text, share in zip(display.text_.flat, shares.flat):
-            text.set_visible(share >= 1.5)
-        accuracy = 100 * matrix.trace() / matrix.sum()
-        axis.set(
-            title=f"{title}:\n{accuracy:.1f} % of {matrix.sum():,} correct",
-            xlabel="predicted class",
-            ylabel="",
-        )
-    axes[0].set_ylabel("true class")
-    return figure
-
-
-def draw_losses():
-    """Draw the losses of all seeds of the report's network from the second epoch on."""
-    figure = Figure(figsize=(8.8, 4), layout="constrained")
-    axis = figure.subplots()
-    for result in load_results(RESULTS / REFERENCE):
-        log = result.run.log[1:]
-        epochs = [row["epoch"] for row in log]
-        for split, color in [("train", "C0"), ("test", "C1")]:
-            losses = [row[f"{split}_loss"] for row in log]
-            axis.plot(epochs, losses, color=color, linewidth=0.8)
-    axis.axhline(236, color="0.4", linestyle="--")
-    axis.text(32, 240, "test", color="C1", fontsize=16)
-    axis.text(32, 233, "train", color="C0", fontsize=16)
-    axis.text(1, 233.8, "the report: 236", color="0.4", fontsize=16)
-    axis.set(xlabel="epoch", ylabel="loss, nats per image", ylim=(232, 262))
-    return figure
-
-
-def draw_beta():
-    """Draw how the weight of the KL divergence changes both terms of the loss, and the metrics.
-
-    Each dot is a seed. Lines join the means.
-    """
-    folders = {0.1: "beta0.1", 0.5: "beta0.5", 1: "latent32", 2: "beta2", 4: "beta4"}
-    results = {beta: load_results(RESULTS / name) for beta, name in folders.items()}
-    figure = Figure(figsize=(8.8, 5), layout="constrained")
-    axes = figure.subplot_mosaic([["terms", "accuracy"], ["terms", "active"]], width_ratios=[1, 1])
-    terms = axes["terms"]
-    bce_means = []
-    kld_means = []
-    for beta, seeds in results.items():
-        bce = values_of(seeds, "excess_bce")
-        kld = values_of(seeds, "kld")
-        terms.plot(bce, kld, "o", color="C0", alpha=0.5)
-        bce_means.append(mean(bce))
-        kld_means.append(mean(kld))
-        terms.annotate(f"β = {beta}", (mean(bce), mean(kld)), (8, 5), textcoords="offset points")
-    terms.plot(bce_means, kld_means, color="C0")
-    terms.set(
-        xlabel="BCE − minimum, nats per image",
-        ylabel="KLD, nats per image",
-        xlim=(0, 62),
-        ylim=(0, 65),
-    )
-
-    for axis, metric in [(axes["accuracy"], "accuracy"), (axes["active"], "active_dimensions")]:
-        means = []
-        for beta, seeds in results.items():
-            values = values_of(seeds, metric)
-            axis.semilogx([beta] * len(values), values, "o", color="C0", alpha=0.5)
-            means.append(mean(values))
-        axis.semilogx(list(results), means, color="C0")
-        axis.minorticks_off()
-        axis.set_xticks(list(results), list(results))
-        axis.set_xlabel("β (log scale)")
-        axis.grid(alpha=0.3)
-    axes["accuracy"].set(title="accuracy, %", ylim=(84, 88.5))
-    axes["active"].set(title="active dimensions (of 32)", yticks=(0, 16, 32))
-    return figure
-
-
-def draw_proposals():
-    """Draw four metrics of each proposal of the report, a dot for each seed.
-
-    The gray band is the range of the report's network.
-    """
-    folders = {
-        "the report's network": REFERENCE,
-        "deeper": "deep",
-        "deeper, cosine": "deep-cosine",
-        "200 epochs": "epochs200",
-        "feature matching": "feature",
-        "cosine": "cosine",
-        "64 dimensions": "latent64",
-        "128 dimensions": "latent128",
-    }
-    rows = {title: load_results(RESULTS / name) for title, name in folders.items()}
-    figure = Figure(figsize=(9.6, 4.2), layout="constrained")
-    axes = figure.subplots(1, 4, sharey=True)
-    columns = [
-        ("test loss,\nnats per image", "test_loss", (235, 236)),
-        ("MSE × 1000", "mse", (12, 13)),
-        ("sharpness", "sharpness_reconstructions", (0.53, 0.56)),
-        ("accuracy, %", "accuracy", (86, 87)),
-    ]
-    for axis, (title, metric, ticks) in zip(axes, columns):
-        values = {label: values_of(results, metric) for label, results in rows.items()}
-        reference = values["the report's network"]
-        axis.axvspan(min(reference), max(reference), color="0.87")
-        draw_dots(axis, values)
-        axis.set_title(title, fontsize=14)
-        axis.set_xticks(ticks)
-        axis.margins(x=0.15)
-        axis.tick_params(axis="y", length=0)
-    return figure
-
-
-def draw_accuracy():
-    """Draw the test accuracy of the Random Forest on several features.
-
-    Each dot is a training run of a network. On PCA and pixels, which need no network, each dot is a
-    Random Forest.
-    """
-    folders = {
-        "fully connected, 32": "fc-latent32",
-        "ConvVAE, 16": "latent16",
-        "ConvVAE, 32": "latent32",
-        "β = 0.1, 32": "beta0.1",
-        "from the search, 32": "best32",
-        "from the search, 64": "best64",
-    }
-    networks = {}
-    for title, name in folders.items():
-        networks[title] = values_of(load_results(RESULTS / name), "accuracy")
-    forests = {}
-    for row in load_rows(RESULTS):
-        if row.title == "PCA":
-            forests[f"PCA, {row.dimensions}"] = values_of(row.results, "accuracy")
-        if row.title == "pixels, random states 0 to 9":
-            forests["784 pixels"] = values_of(row.results, "accuracy")
-    rows = {**networks, **forests}
-    figure = Figure(figsize=(8.8, 4.6), layout="constrained")
-    axis = figure.subplots()
-    draw_dots(axis, rows, colors=["C0"] * len(networks) + ["C1"] * len(forests))
-    axis.axvline(84.01, color="0.4", linestyle="--")
-    axis.set_title("  the report, 16 dimensions: 84.01 %", loc="left", fontsize=14, color="0.4")
-    axis.set_xlabel("accuracy, %   (blue: networks, orange: Random Forests without a network)")
-    return figure
-
-
-def draw_dots(axis, rows, colors=None):
-    """Draw {title: values} as rows of dots, the first row at the top.
-
-    The dots of a row are a little above each other, so that equal values can be seen.
-    """
-    for y, values in enumerate(rows.values()):
-        spread = 0.04 * min(len(values) - 1, 8)
-        heights = torch.linspace(y - spread, y + spread, len(values)).tolist()
-        color = colors[y] if colors else "C0"
-        axis.plot(list(values), heights, "o", color=color, alpha=0.6, markersize=5)
-    axis.set_yticks(range(len(rows)), list(rows))
-    axis.set_ylim(len(rows) - 0.4, -0.6)
-    axis.grid(axis="x", alpha=0.3)
 
 
 if __name__ == "__main__":
