@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib
 import matplotlib.image
 import numpy as np
 import pytest
@@ -384,6 +385,15 @@ def test_transposed_convolution_equals_that_of_pytorch(out_channels, bias):
     torch.testing.assert_close(
         gradients, torch.autograd.grad(expected.square().sum(), inputs), rtol=1e-4, atol=1e-4
     )
+
+
+@pytest.mark.filterwarnings("ignore")  # those of the compiler
+def test_network_can_be_compiled_for_several_batch_sizes():
+    vae = ConvVAE(8)
+    decode = torch.compile(vae.decode, backend="eager")
+    for batch_size in (4, 3, 5):
+        z = torch.randn(batch_size, 8)
+        torch.testing.assert_close(decode(z), vae.decode(z))
 
 
 def test_networks_can_be_trained_in_bfloat16_by_autocast():
@@ -1081,6 +1091,22 @@ def test_resuming_with_another_option_is_refused(name, run):
     assert contents(run) == before
 
 
+@pytest.mark.parametrize("only_in", ["state.pth", "the command"])
+def test_option_that_only_one_version_knows_is_refused(only_in, run):
+    """A version with another option may have begun the run, or may be asked to resume it."""
+    state = load_state(run)
+    if only_in == "state.pth":
+        state["config"]["weight_decay"] = 0.1
+        difference = "--weight-decay 0.1, not None"
+    else:
+        del state["config"]["beta"]
+        difference = "--beta None, not 1.0"
+    torch.save(state, run / STATE)
+    before = contents(run)
+    assert f"{run} was trained with {difference}." in fail("train.py", run)
+    assert contents(run) == before
+
+
 def test_run_with_cosine_schedule_cannot_be_trained_further(tmp_path, capsys):
     run = tmp_path / "run"
     succeed("train.py", run, epochs=1, lr_scheduler="cosine")
@@ -1139,6 +1165,42 @@ def test_second_of_two_writers_stops_and_writes_nothing(previous, current, tmp_p
         assert contents(tmp_path) == before
 
 
+@pytest.mark.parametrize("change", ["another config", "trained anew", "trained further"])
+def test_classification_is_written_only_if_the_run_is_still_the_same(change, run, monkeypatch):
+    """The run changes while the Random Forest is fitted."""
+    classification = (run / CLASSIFICATION).read_bytes()
+    log = log_of(run)
+    fit = RandomForestClassifier.fit
+
+    def change_run_and_fit(*arguments):
+        if change == "another config":
+            edit_json(run / CONFIG, seed=5)
+        elif change == "trained anew":
+            (run / LOG).write_bytes(data.log_bytes([{**row, "seconds": 0.0} for row in log]))
+        else:
+            (run / LOG).write_bytes(data.log_bytes([*log, {**log[-1], "epoch": 3}]))
+        return fit(*arguments)
+
+    monkeypatch.setattr(RandomForestClassifier, "fit", change_run_and_fit)
+    (run / CLASSIFICATION).write_bytes(b"{}")
+    if change == "trained further":
+        succeed("classify.py", run)
+        assert (run / CLASSIFICATION).read_bytes() == classification
+    else:
+        assert f"{run} has another run than before" in fail("classify.py", run)
+        assert (run / CLASSIFICATION).read_bytes() == b"{}"
+
+
+def test_failed_baselines_keep_the_classification(tmp_path):
+    """600 images do not have 700 principal components."""
+    run = tmp_path / "run"
+    succeed("train.py", run, epochs=1, latent_dim=700)
+    with pytest.raises(ValueError, match="n_components=700"):
+        succeed("classify.py", run, "--baselines")
+    assert read_json(run / CLASSIFICATION)["epoch"] == 1
+    assert not (run / BASELINES).exists()
+
+
 def test_full_disk_keeps_the_files_of_before(run, monkeypatch):
     def fail_to_write(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -1148,6 +1210,16 @@ def test_full_disk_keeps_the_files_of_before(run, monkeypatch):
     message = fail("classify.py", run)
     assert f"{run / CLASSIFICATION} cannot be written: No space left on device" in message
     assert contents(run) == before
+
+
+def test_temporary_names_differ_even_if_process_numbers_do_not(tmp_path, monkeypatch):
+    """Containers that share a disk can have equal process numbers."""
+    names = []
+    monkeypatch.setattr(os, "replace", lambda source, target: names.append(Path(source).name))
+    for _ in range(2):
+        data.write_bytes(tmp_path / "file", b"")
+    assert len(set(names)) == 2
+    assert all(name.startswith("file.") and name.endswith(".tmp") for name in names)
 
 
 def test_file_that_cannot_be_written_is_named(run):
@@ -1171,13 +1243,18 @@ def test_damaged_file_is_named_and_nothing_is_changed(name, run):
     assert contents(run) == before
 
 
-def test_log_without_rows_and_config_without_options_cannot_be_used(run):
-    (run / LOG).write_text("epoch,test_loss\n")
-    assert f"{run / LOG} cannot be used" in fail("classify.py", run)
-    (run / CONFIG).write_text('{"model": "conv"}')
-    assert f"{run / CONFIG} cannot be used (ValueError: latent_dim is missing)" in fail(
-        "classify.py", run
-    )
+INCOMPLETE_FILES = {
+    "a log without rows": (LOG, "epoch,test_loss\n", "it has no rows"),
+    "a log without a column": (LOG, "epoch,train_loss\n1,2\n", "the column train_bce is missing"),
+    "a config": (CONFIG, '{"model": "conv"}', "latent_dim is missing"),
+    "a classification": (CLASSIFICATION, '{"epoch": 2}', "accuracy is missing"),
+}
+
+
+@pytest.mark.parametrize("name, text, problem", INCOMPLETE_FILES.values(), ids=INCOMPLETE_FILES)
+def test_what_is_missing_in_a_file_is_named(name, text, problem, run):
+    (run / name).write_text(text)
+    assert f"{run / name} cannot be used (ValueError: {problem})" in fail("plots.py", run)
 
 
 def test_weights_of_another_network_cannot_be_used(run):
@@ -1189,6 +1266,12 @@ def test_weights_of_another_network_cannot_be_used(run):
     message = fail("classify.py", run)
     assert "Missing key(s) in state_dict" in message
     assert len(message) < len(str(run / WEIGHTS)) + 260
+
+
+def test_run_of_a_network_that_was_removed_is_reported(run):
+    edit_json(run / CONFIG, model="mine")
+    message = fail("classify.py", run)
+    assert f"{run} needs the network mine, but MODELS in model.py does not have it." in message
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, STATE])
@@ -1777,6 +1860,38 @@ def test_confusion_matrix_is_that_of_classification_json(active_run, active_figu
     assert f"epoch 4: {result['accuracy'] * 100:.2f} %" in axis.get_title()
 
 
+def test_confusion_matrix_has_the_names_with_which_it_was_measured(active_run, monkeypatch):
+    result = read_json(active_run / CLASSIFICATION)
+    monkeypatch.setattr(data, "CLASSES", ["another name"])
+    axis = plots.draw_confusion_matrix(result).axes[0]
+    assert [label.get_text() for label in axis.get_yticklabels()] == list(result["recall"])
+
+
+def test_figures_are_upright_whatever_the_settings_of_matplotlib(active_run):
+    images = first_image_of_each_class()
+    result = read_json(active_run / CLASSIFICATION)
+    with matplotlib.rc_context({"image.origin": "lower"}):
+        grid = plots.draw_grid([images])
+        matrix = plots.draw_confusion_matrix(result)
+    assert_shows(grid, images)
+    bottom, top = matrix.axes[0].get_ylim()
+    assert bottom > top  # the first row is at the top
+
+
+def test_what_cannot_be_drawn_is_left_out(drawn, tmp_path, capsys):
+    """One class has no other to interpolate to, and one latent dimension no plane."""
+    labels = torch.zeros_like(TEST_LABELS)
+    root = write_dataset(tmp_path / "data", dataset_files(test_split=(TEST_SPLIT[0], labels)))
+    run = tmp_path / "run"
+    succeed("train.py", run, epochs=1, data=root, latent_dim=1)
+    weights = torch.load(run / WEIGHTS, weights_only=True)
+    weights["fc_mu.weight"] *= 1000  # so that the dimension has not collapsed
+    torch.save(weights, run / WEIGHTS)
+    succeed("plots.py", run, data=root)
+    assert list(drawn) == ["loss_curves.png", "reconstructions.png", "samples.png"]
+    assert "collapsed" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("problem", ["is missing", "is from epoch 2, but the run has 3 epochs"])
 def test_stale_or_missing_classification_is_not_drawn(problem, run, drawn, capsys):
     succeed("train.py", run, epochs=3)
@@ -1800,6 +1915,7 @@ def test_collapsed_latent_dimensions_are_reported(run, drawn, capsys):
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == 2
     assert all("all latent dimensions have collapsed" in warning for warning in warnings)
+    assert "More epochs or a smaller --beta may help." in warnings[0]
     assert read_json(run / CLASSIFICATION)["active_dimensions"] == 0
     assert "latent_space.png" not in drawn
 
