@@ -21,7 +21,7 @@ import plots
 from data import UserError
 from model import load_network, sample_mixture
 from results import summary
-from results.summary import REFERENCE, RESULTS, values_of
+from results.summary import RESULTS, values_of
 
 # A font that can still be read when a figure is shown at half the width of a page.
 STYLE = ["default", {"font.size": 14, "axes.titlesize": 15}]
@@ -51,9 +51,7 @@ def main():
         "hero.png": draw_hero(results, firsts),
         "samples.png": draw_prior_and_mixture(results, train_images),
         "matrices.png": draw_matrices(results),
-        "losses.png": draw_losses_of_seeds(results),
         "beta.png": draw_beta(results),
-        "proposals.png": draw_proposals(results),
         "accuracy.png": draw_accuracy(results),
     }
     for name, figure in figures.items():
@@ -61,7 +59,10 @@ def main():
 
 
 def draw_hero(results, firsts):
-    """Draw the first test image of each class, and three networks' reconstructions of them."""
+    """Draw the first test image of each class, and its reconstructions by three networks.
+
+    The networks are those of seed 0, which comes first in `results`.
+    """
     rows = [firsts]
     row_names = ["original"]
     titles = {
@@ -75,9 +76,11 @@ def draw_hero(results, firsts):
         torch.manual_seed(0)
         reconstructions, _, _ = model(firsts)
         rows.append(reconstructions)
-        row_names.append(f"{title}\nMSE {1000 * seed0.metrics['mse']:.1f}")
+        row_names.append(f"{title}\nMSE × 1000 = {1000 * seed0.metrics['mse']:.1f}")
     classes = [name.replace("/", "/\n").replace(" ", "\n") for name in data.CLASSES]
-    return enlarge_labels(plots.draw_grid(rows, row_names, classes))
+    figure = enlarge_labels(plots.draw_grid(rows, row_names, classes))
+    figure.supxlabel("MSE: mean squared error per pixel over the test set, lower is better")
+    return figure
 
 
 def draw_prior_and_mixture(results, train_images):
@@ -93,7 +96,9 @@ def draw_prior_and_mixture(results, train_images):
         row_names.append(f"{beta}, N(0, I),\nFréchet {metrics['frechet_samples']:.2f}")
         rows.append(model.decode(sample_mixture(model, train_images, 10)))
         row_names.append(f"{beta}, mixture,\nFréchet {metrics['frechet_mixture_samples']:.2f}")
-    return enlarge_labels(plots.draw_grid(rows, row_names))
+    figure = enlarge_labels(plots.draw_grid(rows, row_names))
+    figure.supxlabel("Fréchet distance of 10,000 samples to the test images, lower is better")
+    return figure
 
 
 def enlarge_labels(grid):
@@ -113,7 +118,7 @@ def draw_matrices(results):
             results["latent16"][0].metrics["confusion_matrix"]
         ),
     }
-    figure = Figure(figsize=(8.8, 5), layout="constrained")
+    figure = Figure(figsize=(8.8, 5.2), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for axis, (title, matrix) in zip(axes, matrices.items()):
         shares = (100 * matrix / matrix.sum(dim=1, keepdim=True)).numpy()
@@ -131,28 +136,10 @@ def draw_matrices(results):
         accuracy = 100 * matrix.trace() / matrix.sum()
         axis.set(
             title=f"{title}:\n{accuracy:.1f} % of {matrix.sum():,} correct",
-            xlabel="predicted class",
+            xlabel="predicted class, percent",
             ylabel="",
         )
-    axes[0].set_ylabel("true class")
-    return figure
-
-
-def draw_losses_of_seeds(results):
-    """Draw the losses of all seeds of the report's network from the second epoch on."""
-    figure = Figure(figsize=(8.8, 4), layout="constrained")
-    axis = figure.subplots()
-    for result in results[REFERENCE]:
-        log = result.run.log[1:]
-        epochs = [row["epoch"] for row in log]
-        for split, color in [("train", "C0"), ("test", "C1")]:
-            losses = [row[f"{split}_loss"] for row in log]
-            axis.plot(epochs, losses, color=color, linewidth=0.8)
-    axis.axhline(236, color="0.4", linestyle="--")
-    axis.text(32, 240, "test", color="C1", fontsize=16)
-    axis.text(32, 233, "train", color="C0", fontsize=16)
-    axis.text(1, 233.8, "the report: 236", color="0.4", fontsize=16)
-    axis.set(xlabel="epoch", ylabel="loss, nats per image", ylim=(232, 262))
+    axes[0].set_ylabel("true class (each row adds up to 100 %)")
     return figure
 
 
@@ -174,8 +161,10 @@ def draw_beta(results):
         terms.plot(bce, kld, "o", color="C0", alpha=0.5)
         bce_means.append(mean(bce))
         kld_means.append(mean(kld))
-        terms.annotate(f"β = {beta}", (mean(bce), mean(kld)), (8, 5), textcoords="offset points")
+        label = "β = 1 (the report)" if beta == 1 else f"β = {beta}"
+        terms.annotate(label, (mean(bce), mean(kld)), (8, 5), textcoords="offset points")
     terms.plot(bce_means, kld_means, color="C0")
+    terms.text(2, 2, "lower left is better", color="0.4")
     terms.set(
         xlabel="BCE − minimum, nats per image",
         ylabel="KLD, nats per image",
@@ -194,44 +183,8 @@ def draw_beta(results):
         axis.set_xticks(list(rows), list(rows))
         axis.set_xlabel("β (log scale)")
         axis.grid(alpha=0.3)
-    axes["accuracy"].set(title="accuracy, %", ylim=(84, 88.5))
+    axes["accuracy"].set(title="accuracy, % (higher is better)", ylim=(84, 88.5))
     axes["active"].set(title="active dimensions (of 32)", yticks=(0, 16, 32))
-    return figure
-
-
-def draw_proposals(results):
-    """Draw four metrics of each proposal of the report, a dot for each seed.
-
-    The gray band is the range of the report's network.
-    """
-    folders = {
-        "the report's network": REFERENCE,
-        "deeper": "deep",
-        "deeper, cosine": "deep-cosine",
-        "200 epochs": "epochs200",
-        "feature matching": "feature",
-        "cosine": "cosine",
-        "64 dimensions": "latent64",
-        "128 dimensions": "latent128",
-    }
-    rows = {title: results[name] for title, name in folders.items()}
-    figure = Figure(figsize=(9.6, 4.2), layout="constrained")
-    axes = figure.subplots(1, 4, sharey=True)
-    columns = [
-        ("test loss,\nnats per image", "test_loss", (235, 236)),
-        ("MSE × 1000", "mse", (12, 13)),
-        ("sharpness", "sharpness_reconstructions", (0.53, 0.56)),
-        ("accuracy, %", "accuracy", (86, 87)),
-    ]
-    for axis, (title, metric, ticks) in zip(axes, columns):
-        values = {label: values_of(seeds, metric) for label, seeds in rows.items()}
-        reference = values["the report's network"]
-        axis.axvspan(min(reference), max(reference), color="0.87")
-        draw_dots(axis, values)
-        axis.set_title(title, fontsize=14)
-        axis.set_xticks(ticks)
-        axis.margins(x=0.15)
-        axis.tick_params(axis="y", length=0)
     return figure
 
 

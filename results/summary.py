@@ -1,7 +1,7 @@
-"""Print the tables of results/README.md, and the numbers in the text of both pages.
+"""Print the tables of both pages and the numbers in their text, or the tables of a folder.
 
-python results/summary.py                  # the tables of all runs in results/
-python results/summary.py results/search   # the tables of the search
+python results/summary.py        # the pages
+python results/summary.py runs   # the tables of all evaluated runs in runs/<name>/seed<n>
 """
 
 import argparse
@@ -14,6 +14,8 @@ from typing import NamedTuple
 RESULTS = Path(__file__).resolve().parent
 ROOT = RESULTS.parent
 sys.path.insert(0, str(ROOT))
+from sklearn.feature_selection import f_classif
+
 import data
 from data import BASELINES, CLASSIFICATION, Run, UserError
 
@@ -32,7 +34,6 @@ COLUMNS = {
     "train_loss": Column("Train loss", 1, 2),
     "test_loss": Column("Test loss", 1, 2),
     "gap": Column("Test − train", 1, 2),
-    "bce": Column("BCE", 1, 2),
     "excess_bce": Column("BCE − minimum", 1, 2),
     "kld": Column("KLD", 1, 2),
     "mse": Column("MSE × 1000", 1000, 2),
@@ -50,11 +51,12 @@ COLUMNS = {
 LOSSES = ["first_train_loss", "train_loss", "test_loss", "gap", "excess_bce", "kld"]
 RECONSTRUCTIONS = ["mse", "sharpness_reconstructions", "active_dimensions", "accuracy"]
 SAMPLES = [name for name in COLUMNS if name.endswith("_samples")]
-COMPARED = ["test_loss", "bce", "kld", *RECONSTRUCTIONS]
 
-# The rows of the tables, in their order: folders of runs, and what they are called.
+# The rows of the tables of results/, in their order: folders of runs, and what they are called.
+# The first one is the report's network, with which the others are compared.
+REFERENCE = "latent32"
 TITLES = {
-    "latent32": "ConvVAE, as in the report",
+    REFERENCE: "ConvVAE, as in the report",
     "latent2": "2 latent dimensions",
     "latent8": "8 latent dimensions",
     "latent16": "16 latent dimensions",
@@ -75,43 +77,42 @@ TITLES = {
     "best32": "options from the search",
     "best64": "options from the search",
 }
-SEARCH_TITLES = {
-    "latent32-beta0.05": "β = 0.05, 15 epochs",
-    "latent32-beta0.1": "β = 0.1, 15 epochs",
-    "latent32-beta0.2": "β = 0.2, 15 epochs",
-    "latent32-beta0.05-epochs30": "β = 0.05, 30 epochs",
-    "latent32-beta0.2-epochs30": "β = 0.2, 30 epochs",
-    "latent64-beta0.05": "β = 0.05, 15 epochs",
-    "latent64-beta0.1": "β = 0.1, 15 epochs",
-    "latent64-beta0.2": "β = 0.2, 15 epochs",
-    "latent64-beta0.05-epochs30": "β = 0.05, 30 epochs",
-    "latent32-beta0.1-epochs100": "β = 0.1, 100 epochs, as in the report otherwise",
+# The rows of the table on the front page: what they are called, and their options of train.py.
+FRONT_PAGE = {
+    REFERENCE: ("the report's network", ""),
+    "beta0.1": ("β = 0.1", "--beta 0.1"),
+    "beta0.5": ("β = 0.5", "--beta 0.5"),
+    "beta2": ("β = 2", "--beta 2"),
+    "beta4": ("β = 4", "--beta 4"),
+    "deep-cosine": ("deeper, cosine schedule", "--model deep --lr-scheduler cosine"),
+    "epochs200": ("200 epochs", "--epochs 200"),
+    "feature": (
+        "feature matching",
+        "--feature-run results/latent32/seed0 --feature-weight 0.25",
+    ),
+    "latent64": ("64 dimensions", "--latent-dim 64"),
+    "fc-latent32": ("fully connected", "--model fc"),
 }
-REFERENCE = "latent32"  # the report's network, with which the variants are compared
-# Runs with options from the search differ from the reference in several ways.
-NOT_COMPARED = [REFERENCE, "fc-latent16", "best32", "best64"]
+FRONT_PAGE_COLUMNS = ["test_loss", "mse", "accuracy", "frechet_samples"]
 
 
 def main():
     parser = argparse.ArgumentParser(
-        usage="%(prog)s [FOLDER]", description="Print the tables of results/README.md."
+        usage="%(prog)s [FOLDER]",
+        description="Print the tables of both pages and the numbers in their text. With FOLDER, "
+        "print the tables of all evaluated runs in FOLDER/<name>/seed<n>.",
     )
-    parser.add_argument(
-        "folder",
-        type=data.folder,
-        metavar="FOLDER",
-        nargs="?",
-        default=RESULTS,
-        help="folder with runs in <name>/seed<n> (default: the folder of this script)",
-    )
+    parser.add_argument("folder", type=data.folder, metavar="FOLDER", nargs="?", default=RESULTS)
     folder = parser.parse_args().folder
     results = load_results(folder)
-    print(tables(folder, results))
+    rows = rows_of(folder, results)
+    print(tables(rows))
     if folder.resolve() == RESULTS:
-        print(differences(results, COMPARED))
-        print(differences(results, SAMPLES))
-        print(page_tables(results))
-        print(page_numbers(results))
+        print(front_page_table(results))
+        print(deviations_table(rows))
+        print(search_table(load_results(RESULTS / "search")))
+        print(claims(results))
+        print(page_numbers(results, rows))
 
 
 # --- Reading results ----------------------------------------------------------------------
@@ -133,8 +134,7 @@ def load_results(folder):
     Raises UserError if there are none, or if runs cannot be compared.
     """
     names = {path.parent.parent.name for path in folder.glob(f"*/seed*/{CLASSIFICATION}")}
-    titles = titles_of(folder)
-    in_order = [name for name in titles if name in names] + sorted(names - titles.keys())
+    in_order = [name for name in TITLES if name in names] + sorted(names - TITLES.keys())
     results = {}
     for name in in_order:
         seeds = load_seeds(folder / name)
@@ -147,15 +147,6 @@ def load_results(folder):
         )
     check_same_data([seeds[0].run for seeds in results.values()])
     return results
-
-
-def titles_of(folder):
-    """Return the titles of the rows, {name: title}. Only published folders have titles."""
-    if folder.resolve() == RESULTS:
-        return TITLES
-    if folder.resolve() == RESULTS / "search":
-        return SEARCH_TITLES
-    return {}
 
 
 def load_seeds(folder):
@@ -236,13 +227,16 @@ class Row(NamedTuple):
     results: list
 
 
-def tables(folder, results):
-    """Return the tables of the results {name: [Result]} of a folder, in Markdown."""
-    titles = titles_of(folder)
+def rows_of(folder, results):
+    """Return the rows of the results {name: [Result]} of a folder, and of its baselines."""
     rows = []
     for name, seeds in results.items():
-        rows.append(Row(titles.get(name, name), seeds[0].run.config["latent_dim"], seeds))
-    rows += baseline_rows(folder, results)
+        rows.append(Row(TITLES.get(name, name), seeds[0].run.config["latent_dim"], seeds))
+    return rows + baseline_rows(folder, results)
+
+
+def tables(rows):
+    """Return the three tables of these rows, in Markdown."""
     all_tables = [table(rows, columns) for columns in (LOSSES, RECONSTRUCTIONS, SAMPLES)]
     return "\n".join(text for text in all_tables if text)
 
@@ -269,42 +263,47 @@ def baselines_of(run):
     if not path.exists():
         return []
     baselines = data.read(path, json.loads)
-    hold_out = run.config["hold_out"]
-    suffix = f", validation split of {hold_out}" if hold_out else ""
     latent_dim = run.config["latent_dim"]
     rows = [
-        Row(f"PCA{suffix}", latent_dim, [Result(None, {"accuracy": baselines["pca"]})]),
-        Row(f"pixels{suffix}", 784, [Result(None, {"accuracy": baselines["pixels"]})]),
+        Row("PCA", latent_dim, [Result(None, {"accuracy": baselines["pca"]})]),
+        Row("pixels", 784, [Result(None, {"accuracy": baselines["pixels"]})]),
     ]
     if "training_images" in baselines:
         metrics = {}
         for name, value in baselines["training_images"].items():
             metrics[f"{name}_samples"] = value
-        rows.append(Row(f"training images{suffix}", 784, [Result(None, metrics)]))
+        rows.append(Row("training images", 784, [Result(None, metrics)]))
     return rows
 
 
 def table(rows, columns):
     """Return a table in Markdown, or "" if no row has any of the columns.
 
-    A cell is the mean ± the standard deviation over the n results that have been measured.
+    A cell is the mean ± the standard deviation over the n results that have been measured. It is
+    bold if it differs from that of the first row.
     """
     lines = []
     for row in rows:
         n = number_measured(row.results, columns)
-        cells = [cell(row.results, column) for column in columns]
+        cells = [cell(row.results, column, rows[0].results) for column in columns]
         if n > 0:
             lines.append([row.title, str(row.dimensions), str(n), *cells])
     if not lines:
         return ""
-    return markdown(["Runs", "Dimensions", "n"], columns, lines)
+    return markdown(["Runs", "Dimensions", "n", *titles_of(columns)], lines)
 
 
-def markdown(first_titles, columns, lines):
-    """Return a table in Markdown: its first columns by their titles, the others by their metric."""
-    titles = [*first_titles, *(COLUMNS[column].title for column in columns)]
-    all_lines = [titles, ["---"] * len(titles), *lines]
-    return "".join(f"| {' | '.join(line)} |\n" for line in all_lines)
+def titles_of(columns):
+    """Return the titles of columns."""
+    return [COLUMNS[column].title for column in columns]
+
+
+def markdown(titles, lines):
+    """Return a table in Markdown."""
+    text = f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}\n"
+    for line in lines:
+        text += f"| {' | '.join(line)} |\n"
+    return text
 
 
 def number_measured(results, columns):
@@ -312,126 +311,182 @@ def number_measured(results, columns):
     return max(len(values_of(results, column)) for column in columns)
 
 
-def cell(results, metric):
-    """Return a cell of a table: the mean ± the standard deviation of the results."""
-    return mean_and_sd(values_of(results, metric), COLUMNS[metric].digits)
+def cell(results, metric, reference=()):
+    """Return a cell of a table: the mean ± the standard deviation of the results.
+
+    It is bold if it differs from that of the results in `reference`.
+    """
+    values = values_of(results, metric)
+    text = mean_and_sd(values, COLUMNS[metric].digits)
+    if differs(values, values_of(reference, metric)):
+        return f"**{text}**"
+    return text
 
 
 def mean_and_sd(values, digits):
-    """Return "mean ± standard deviation", a single value as it is, or "" for no values."""
+    """Return "mean±standard deviation", a single value as it is, or "" for no values."""
     if not values:
         return ""
     if len(values) == 1:
         return f"{values[0]:.{digits}f}"
-    # With non-breaking spaces, so that a cell stays on one line.
-    return f"{mean(values):.{digits}f}\u00a0±\u00a0{stdev(values):.{digits}f}"
+    return f"{mean(values):.{digits}f}±{stdev(values):.{digits}f}"
 
 
-def differences(results, columns):
-    """Return a table in Markdown of how the variants differ from the report's network.
+def differs(values, reference):
+    """Return whether the means of two lists of values differ, with p < 0.01 in `t_test`."""
+    return can_be_compared(values, reference) and t_test(values, reference) < 0.01
 
-    A difference counts only if the ranges of the seeds do not overlap.
-    """
+
+def can_be_compared(values, reference):
+    """Return whether there are enough values for a t-test: at least two on each side."""
+    return min(len(values), len(reference)) >= 2
+
+
+def t_test(values, reference):
+    """Return the two-sided p-value of a two-sample t-test that both lists have the same mean."""
+    if len(set(values)) == 1 and len(set(reference)) == 1:  # the test would divide by 0
+        return float(values[0] == reference[0])
+    # With two groups, this analysis of variance is the t-test with equal variances.
+    features = [[value] for value in [*values, *reference]]
+    groups = [0] * len(values) + [1] * len(reference)
+    _, p_values = f_classif(features, groups)
+    return p_values[0].item()
+
+
+def front_page_table(results):
+    """Return the table of README.md that compares the report's network with its variants."""
     reference = results[REFERENCE]
     lines = []
-    for name, title in TITLES.items():
-        if name in NOT_COMPARED:
-            continue
-        cells = []
-        for column in columns:
-            cells.append(difference(values_of(results[name], column), values_of(reference, column)))
-        lines.append([title, str(number_measured(results[name], columns)), *cells])
-    return markdown(["Variant", "n"], columns, lines)
+    for name, (title, options) in FRONT_PAGE.items():
+        seeds = results[name]
+        cells = [cell(seeds, column, reference) for column in FRONT_PAGE_COLUMNS]
+        lines.append([title, str(len(seeds)), *cells, f"`{options}`" if options else ""])
+    return markdown(["Variant", "n", *titles_of(FRONT_PAGE_COLUMNS), "Options"], lines)
 
 
-def difference(values, reference):
-    """Return "lower" or "higher" if all values lie below or above all of the reference, else "–".
+def deviations_table(rows):
+    """Return the table of what could explain 84.01 %: accuracies with 16 latent dimensions."""
+    deviations = data.read(RESULTS / "deviations.json", json.loads)
+    lines = [[name, f"{100 * accuracy:.2f}"] for name, accuracy in deviations.items()]
+    for row in rows:
+        if (row.title, row.dimensions) == ("PCA", 16):
+            title = "16 principal components of the pixels, no network"
+            lines.append([title, cell(row.results, "accuracy")])
+    for row in rows:
+        if row.title == TITLES["latent8"]:
+            title = f"8 latent dimensions (n = {len(row.results)})"
+            lines.append([title, cell(row.results, "accuracy")])
+    return markdown(["variant", COLUMNS["accuracy"].title], lines)
 
-    Return "" if one of them has fewer than three values, because two often lie apart by chance.
-    """
-    if min(len(values), len(reference)) < 3:
-        return ""
-    if max(values) < min(reference):
-        return "lower"
-    if min(values) > max(reference):
-        return "higher"
-    return "–"
+
+def search_table(results):
+    """Return the table of the search. Each of its runs has one seed, and baselines come last."""
+    runs = []
+    for seeds in results.values():
+        config = seeds[0].run.config
+        options = [config["latent_dim"], config["beta"], config["epochs"]]
+        runs.append([*options, cell(seeds, "mse"), cell(seeds, "accuracy")])
+    runs.sort()
+    lines = [[str(value) for value in run] for run in runs]
+    for row in baseline_rows(RESULTS / "search", results):
+        accuracy = cell(row.results, "accuracy")
+        if accuracy:
+            lines.append([f"{row.dimensions} ({row.title})", "", "", "", accuracy])
+    return markdown(["Dimensions", "β", "Epochs", *titles_of(["mse", "accuracy"])], lines)
 
 
 # --- Numbers on the pages -----------------------------------------------------------------
 
 
-def page_tables(results):
-    """Return the numbers in the two tables of README.md, a line "first cell: numbers" for each row.
+def claims(results):
+    """Return the numbers in README.md's table of claims, a line "first cell: numbers" for each row.
 
     The numbers are separated by semicolons.
     """
     runs32 = results[REFERENCE]
     runs16 = results["latent16"]
-    connected = results["fc-latent32"]
-    n32 = f"n = {len(runs32)}"
-    n16 = f"n = {len(runs16)}"
-    n_connected = f"n = {len(connected)}"
     sharpness32 = cell(runs32, "sharpness_reconstructions")
-    sharpness_connected = cell(connected, "sharpness_reconstructions")
+    sharpness_connected = cell(results["fc-latent32"], "sharpness_reconstructions")
     accuracy16 = cell(runs16, "accuracy")
     accuracy32 = cell(runs32, "accuracy")
-    shirts = [share_correct(runs16, "Shirt"), n16, share_correct(runs32, "Shirt"), n32]
     rows = {
-        "test loss after 100 epochs": [cell(runs32, "test_loss"), n32],
-        "accuracy, 16 latent dimensions": [accuracy16, n16],
-        "accuracy, 32 latent dimensions": [accuracy32, n32],
-        "sharper than a fully connected VAE": [sharpness32, n32, sharpness_connected, n_connected],
-        "hardest class": shirts,
         "loss in the first epoch": [cell(runs32, "first_train_loss")],
         "loss in later epochs": [cell(runs32, "test_loss"), cell(runs32, "train_loss")],
         "plateau by epoch 100": [fall(runs32, "test_loss", 10)],
         "training and test loss are close": [cell(runs32, "gap")],
         "reconstructions: clear edges, blur largely gone": [sharpness32],
-        "accuracy with 16 latent dimensions": [accuracy16],
+        "accuracy with 16 dimensions": [accuracy16],
         "accuracy with 32 is similar or higher": [accuracy32, accuracy16],
+        "confusion matrix of the test set": [share_correct(runs16, "Shirt")],
         "much sharper than a fully connected VAE": [sharpness32, sharpness_connected],
     }
     return "".join(f"{label}: {'; '.join(numbers)}\n" for label, numbers in rows.items())
 
 
-def page_numbers(results):
+def page_numbers(results, rows):
     """Return the numbers in the text of README.md and results/README.md that are in no table."""
     lines = []
     runs32 = results[REFERENCE]
     runs16 = results["latent16"]
-    for epochs, loss in [(10, "train_loss"), (10, "test_loss"), (50, "test_loss")]:
+
+    # In their first epoch, all runs of a group are the report's network and training.
+    groups = {
+        "16 dimensions": ["latent16"],
+        "32 dimensions": [REFERENCE, "plateau", "cosine", "epochs200"],
+        "64 dimensions": ["latent64"],
+        "128 dimensions": ["latent128"],
+    }
+    for title, names in groups.items():
+        losses = []
+        for name in names:
+            losses += values_of(results[name], "first_train_loss")
         lines.append(
-            f"{REFERENCE}: {loss} falls in the last {epochs} epochs by {fall(runs32, loss, epochs)}"
+            f"{title}: the train loss of epoch 1 is {min(losses):.1f} to {max(losses):.1f} in "
+            f"{len(losses)} runs"
         )
-    for name, runs in [(REFERENCE, runs32), ("latent16", runs16)]:
-        for label in ("Shirt", "Sandal"):
-            lines.append(f"{name}: {share_correct(runs, label)} % of class {label} are correct")
-    first_losses = values_of(runs32 + runs16, "first_train_loss")
+    losses = values_of(runs32, "test_loss")
+    lines.append(f"{REFERENCE}: the test loss is {min(losses):.2f} to {max(losses):.2f}")
+    for name, epochs in [(REFERENCE, 10), ("epochs200", 100)]:
+        text = fall(results[name], "test_loss", epochs)
+        lines.append(f"{name}: the test loss falls by {text} in the last {epochs} epochs")
+    for name, label in [("latent16", "Shirt"), (REFERENCE, "Shirt"), ("latent16", "Sandal")]:
+        lines.append(f"{name}: {share_correct(results[name], label)} % of {label} are correct")
+
+    losses16 = values_of(runs16, "test_loss")
+    higher = mean(losses16) - mean(losses)
     lines.append(
-        f"{len(first_losses)} runs with 16 or 32 latent dimensions: the train loss of epoch 1 is "
-        f"{min(first_losses):.1f} to {max(first_losses):.1f}"
+        f"latent16: the test loss is {higher:.2f} nats higher than that of {REFERENCE}, "
+        f"p = {t_test(losses16, losses):.3f}"
     )
-    for metric in COMPARED + SAMPLES:
-        title, _, digits = COLUMNS[metric]
-        values = values_of(runs32, metric)
-        low = f"{min(values):.{digits}f}"
-        high = f"{max(values):.{digits}f}"
-        lines.append(f"{REFERENCE}: {title} is {low} to {high} (n = {len(values)})")
-    lines.append(
-        "epochs200: the test loss falls in the last 100 epochs by "
-        f"{fall(results['epochs200'], 'test_loss', 100)}"
-    )
+    distances = values_of(results["beta2"], "frechet_samples")
+    p_value = t_test(distances, values_of(runs32, "frechet_samples"))
+    lines.append(f"beta2: Fréchet distance, p = {p_value:.3f}")
+
     # The first seed of β = 0.1 was evaluated on the test set before the others were trained.
     accuracies = values_of(results["beta0.1"], "accuracy")
     lines.append(f"beta0.1: accuracies {', '.join(f'{accuracy:.2f}' for accuracy in accuracies)} %")
     lines.append(f"beta0.1 without its first seed: {mean_and_sd(accuracies[1:], 2)} %")
+
     metrics = runs32[0].metrics
     lines.append(
         f"minimum BCE: {metrics['train_bce_floor']:.2f} nats per training image, "
         f"{metrics['bce_floor']:.2f} nats per test image, a difference of "
         f"{metrics['bce_floor'] - metrics['train_bce_floor']:.2f}"
     )
+    counts = []
+    for name, (title, _) in FRONT_PAGE.items():
+        counts.append(f"{title} {number_measured(results[name], ['frechet_samples'])}")
+    lines.append(f"seeds with samples: {', '.join(counts)}")
+
+    compared = 0
+    bold = 0
+    for row in rows[1:]:
+        for column in LOSSES + RECONSTRUCTIONS + SAMPLES:
+            values = values_of(row.results, column)
+            reference = values_of(rows[0].results, column)
+            compared += can_be_compared(values, reference)
+            bold += differs(values, reference)
+    lines.append(f"{compared} comparisons, {bold} of them bold")
     return "\n".join(lines)
 
 
