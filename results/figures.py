@@ -207,9 +207,9 @@ def draw_accuracy(results):
         networks[title] = values_of(results[name], "accuracy")
     forests = {}
     for row in summary.baseline_rows(RESULTS, results):
-        if row.title == "PCA":
-            forests[f"PCA, {row.dimensions}"] = values_of(row.results, "accuracy")
-        if row.title == "pixels, random states 0 to 9":
+        if row.title.startswith("PCA"):
+            forests[row.title] = values_of(row.results, "accuracy")
+        if row.title == summary.PIXELS_TITLE:
             forests["784 pixels"] = values_of(row.results, "accuracy")
     rows = {**networks, **forests}
     figure = Figure(figsize=(8.8, 4.6), layout="constrained")

@@ -48,7 +48,7 @@ COLUMNS = {
     "recall_mixture_samples": Column("Recall, mixture", 1, 2),
 }
 # The columns of each table.
-LOSSES = ["first_train_loss", "train_loss", "test_loss", "gap", "excess_bce", "kld"]
+LOSSES = ["first_train_loss", "train_loss", "test_loss", "excess_bce", "kld"]
 RECONSTRUCTIONS = ["mse", "sharpness_reconstructions", "active_dimensions", "accuracy"]
 SAMPLES = [name for name in COLUMNS if name.endswith("_samples")]
 
@@ -57,11 +57,11 @@ SAMPLES = [name for name in COLUMNS if name.endswith("_samples")]
 REFERENCE = "latent32"
 TITLES = {
     REFERENCE: "ConvVAE, as in the report",
-    "latent2": "2 latent dimensions",
-    "latent8": "8 latent dimensions",
-    "latent16": "16 latent dimensions",
-    "latent64": "64 latent dimensions",
-    "latent128": "128 latent dimensions",
+    "latent2": "2 dimensions",
+    "latent8": "8 dimensions",
+    "latent16": "16 dimensions",
+    "latent64": "64 dimensions",
+    "latent128": "128 dimensions",
     "epochs200": "200 epochs",
     "cosine": "cosine schedule",
     "plateau": "plateau schedule",
@@ -72,10 +72,10 @@ TITLES = {
     "beta4": "β = 4",
     "deep": "deeper network",
     "deep-cosine": "deeper network, cosine schedule",
-    "fc-latent16": "fully connected VAE",
+    "fc-latent16": "fully connected VAE, 16 dimensions",
     "fc-latent32": "fully connected VAE",
     "best32": "options from the search",
-    "best64": "options from the search",
+    "best64": "options from the search, 64 dimensions",
 }
 # The rows of the table on the front page: what they are called, and their options of train.py.
 FRONT_PAGE = {
@@ -94,6 +94,8 @@ FRONT_PAGE = {
     "fc-latent32": ("fully connected", "--model fc"),
 }
 FRONT_PAGE_COLUMNS = ["test_loss", "mse", "accuracy", "frechet_samples"]
+# The Random Forests of pixels.json.
+PIXELS_TITLE = "pixels, random states 0 to 9"
 
 
 def main():
@@ -223,15 +225,12 @@ class Row(NamedTuple):
     """A row of a table: a folder of runs, or a baseline."""
 
     title: str
-    dimensions: int
     results: list
 
 
 def rows_of(folder, results):
     """Return the rows of the results {name: [Result]} of a folder, and of its baselines."""
-    rows = []
-    for name, seeds in results.items():
-        rows.append(Row(TITLES.get(name, name), seeds[0].run.config["latent_dim"], seeds))
+    rows = [Row(TITLES.get(name, name), seeds) for name, seeds in results.items()]
     return rows + baseline_rows(folder, results)
 
 
@@ -248,13 +247,12 @@ def baseline_rows(folder, results):
         for result in seeds:
             # Those of one run stand for all.
             for row in baselines_of(result.run):
-                rows[row.title, row.dimensions] = row
+                rows[row.title] = row
     if (folder / "pixels.json").exists():
         accuracies = data.read(folder / "pixels.json", json.loads).values()
         forests = [Result(None, {"accuracy": accuracy}) for accuracy in accuracies]
-        row = Row("pixels, random states 0 to 9", 784, forests)
-        rows[row.title, row.dimensions] = row
-    return [rows[key] for key in sorted(rows)]
+        rows[PIXELS_TITLE] = Row(PIXELS_TITLE, forests)
+    return [rows[title] for title in sorted(rows)]
 
 
 def baselines_of(run):
@@ -263,16 +261,16 @@ def baselines_of(run):
     if not path.exists():
         return []
     baselines = data.read(path, json.loads)
-    latent_dim = run.config["latent_dim"]
+    pca_title = f"PCA, {run.config['latent_dim']} components"
     rows = [
-        Row("PCA", latent_dim, [Result(None, {"accuracy": baselines["pca"]})]),
-        Row("pixels", 784, [Result(None, {"accuracy": baselines["pixels"]})]),
+        Row(pca_title, [Result(None, {"accuracy": baselines["pca"]})]),
+        Row("pixels", [Result(None, {"accuracy": baselines["pixels"]})]),
     ]
     if "training_images" in baselines:
         metrics = {}
         for name, value in baselines["training_images"].items():
             metrics[f"{name}_samples"] = value
-        rows.append(Row("training images", 784, [Result(None, metrics)]))
+        rows.append(Row("training images", [Result(None, metrics)]))
     return rows
 
 
@@ -287,10 +285,10 @@ def table(rows, columns):
         n = number_measured(row.results, columns)
         cells = [cell(row.results, column, rows[0].results) for column in columns]
         if n > 0:
-            lines.append([row.title, str(row.dimensions), str(n), *cells])
+            lines.append([row.title, str(n), *cells])
     if not lines:
         return ""
-    return markdown(["Runs", "Dimensions", "n", *titles_of(columns)], lines)
+    return markdown(["Runs", "n", *titles_of(columns)], lines)
 
 
 def titles_of(columns):
@@ -369,12 +367,12 @@ def deviations_table(rows):
     deviations = data.read(RESULTS / "deviations.json", json.loads)
     lines = [[name, f"{100 * accuracy:.2f}"] for name, accuracy in deviations.items()]
     for row in rows:
-        if (row.title, row.dimensions) == ("PCA", 16):
+        if row.title == "PCA, 16 components":
             title = "16 principal components of the pixels, no network"
             lines.append([title, cell(row.results, "accuracy")])
     for row in rows:
         if row.title == TITLES["latent8"]:
-            title = f"8 latent dimensions (n = {len(row.results)})"
+            title = f"8 dimensions (n = {len(row.results)})"
             lines.append([title, cell(row.results, "accuracy")])
     return markdown(["variant", COLUMNS["accuracy"].title], lines)
 
@@ -391,7 +389,7 @@ def search_table(results):
     for row in baseline_rows(RESULTS / "search", results):
         accuracy = cell(row.results, "accuracy")
         if accuracy:
-            lines.append([f"{row.dimensions} ({row.title})", "", "", "", accuracy])
+            lines.append([row.title, "", "", "", accuracy])
     return markdown(["Dimensions", "β", "Epochs", *titles_of(["mse", "accuracy"])], lines)
 
 
@@ -431,6 +429,8 @@ def page_numbers(results, rows):
 
     # In their first epoch, all runs of a group are the report's network and training.
     groups = {
+        "2 dimensions": ["latent2"],
+        "8 dimensions": ["latent8"],
         "16 dimensions": ["latent16"],
         "32 dimensions": [REFERENCE, "plateau", "cosine", "epochs200"],
         "64 dimensions": ["latent64"],
