@@ -83,10 +83,12 @@ def check_same_run(run):
     """Raise UserError if the folder of a Run has another run by now.
 
     Someone may have moved a link, or have trained the run anew. If training goes on meanwhile, it
-    only adds rows to the log.
+    adds rows to the log, and may change the number of epochs and the machine in the config.
     """
     current = data.read_run(run.path)
-    if current.config != run.config or current.log[: len(run.log)] != run.log:
+    names = run.config.keys() - {"epochs", "torch", "device"}
+    has_same_options = all(current.config.get(name) == run.config[name] for name in names)
+    if not has_same_options or current.log[: len(run.log)] != run.log:
         raise UserError(
             f"{run.path} has another run than before, so the results were not written. Run the "
             "same command again."

@@ -132,7 +132,7 @@ def fetch(root):
             fetched.mkdir(parents=True)
             for archive in DEBIAN_PACKAGE.glob("*.gz"):
                 (fetched / archive.stem).write_bytes(gzip.decompress(archive.read_bytes()))
-            # If a file is missing, torchvision downloads all four, and fails if it cannot.
+            # If all four are there, torchvision downloads nothing.
             FashionMNIST(temporary, download=True)
             raw.parent.mkdir(exist_ok=True)
             try:
@@ -162,11 +162,12 @@ def check_split(images, labels):
 def read_picture(path):
     """Return a photo of a piece of clothing as an image like those of Fashion-MNIST.
 
-    The picture shows one object on a plain background, which may be lighter or darker than the
-    object, and on which the light may fall off evenly. The object must not touch the border of the
-    picture. A frame, text or a hard shadow would be taken for a part of it, and where it is as pale
-    as its background, it is lost. The result is [1, 1, 28, 28] float32 in [0, 1]: the object is
-    bright on black, and its longer side has 28 pixels.
+    The picture shows one object on a plain background, and the object does not touch the border.
+    All of the object is darker than the background, or all of it is brighter. The light may fall
+    off evenly from one side to the other. What cannot be told from the object is taken for a part
+    of it: a frame, text, a shadow, a vignette. Parts that are as bright as the background are lost.
+    The result is [1, 1, 28, 28] float32 in [0, 1]: the object is bright on black, and its longer
+    side has 28 pixels.
 
     Fashion-MNIST was made from photos on white (Xiao et al., 2017, section 2). They were trimmed to
     what differed by 5 % from the corner pixels in RGB, reduced to 28 pixels by leaving out rows and
@@ -179,7 +180,7 @@ def read_picture(path):
     """
     gray = read_gray(path)
 
-    # The background changes evenly between the four corners. Medians ignore specks and noise.
+    # The background changes evenly between the four corners. Specks and noise hardly move a median.
     height = max(1, gray.shape[0] // 20)
     width = max(1, gray.shape[1] // 20)
     corners = torch.tensor(
@@ -199,21 +200,24 @@ def read_picture(path):
     if -small.min() > small.max():
         darkness = -darkness
         background = 255 - background
+    # The background becomes 0, and a black object on white 1. A black background is not divided by.
     image = darkness / background.clamp(min=1)
 
-    # Trim to the object: first as seen in a small picture, without noise, and then what is left
-    # more precisely.
+    # Trim twice: first roughly, in a picture with four pixels for each of the result's 28, where
+    # noise averages out, and then more precisely.
     for side in (112, 224):
         small = reduce(image, side)
-        scale = max(image.shape) / max(small.shape)
+        step = max(image.shape) / max(small.shape)
         top, bottom, left, right = find_object(small)
         image = image[
-            math.floor(top * scale) : math.ceil(bottom * scale),
-            math.floor(left * scale) : math.ceil(right * scale),
+            math.floor(top * step) : math.ceil(bottom * step),
+            math.floor(left * step) : math.ceil(right * step),
         ]
 
     # Scale the longer side to 28 pixels, and pad the shorter one to a square.
     image = resize(image, 28)
+    if image.max() < 0.1:
+        raise ValueError(f"{path}: the object hardly differs from its background")
     height, width = image.shape
     top = (28 - height) // 2
     left = (28 - width) // 2
@@ -229,10 +233,11 @@ def read_gray(path):
     # Some of Pillow's other formats start other programs.
     formats = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"]
     try:
-        picture = ImageOps.exif_transpose(Image.open(path, formats=formats))
-        if picture.mode.startswith("I"):  # gray values of 16 bits
-            return pil_to_tensor(picture)[0].float() / 257
-        picture = picture.convert("RGBA")
+        with Image.open(path, formats=formats) as file:
+            picture = ImageOps.exif_transpose(file)
+            if picture.mode.startswith("I"):  # gray values of 16 bits: 65535 = 257 * 255
+                return pil_to_tensor(picture)[0].float() / 257
+            picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")
         flat = Image.alpha_composite(white, picture)  # transparent pixels become white
         return pil_to_tensor(flat.convert("L"))[0].float()
@@ -244,16 +249,17 @@ def read_gray(path):
 
 
 def find_object(image):
-    """Return in which part image[top:bottom, left:right] of an image [H, W] its object is.
+    """Return top, bottom, left and right of the object in an image [H, W].
 
-    The background is 0, and the object has values of up to 1. Raises ValueError if there is none.
+    The object is image[top:bottom, left:right]. Without an object, this is the whole image.
     """
-    # A row or column shows the object if more than 1 % of its pixels do. Others show a speck.
+    # As for Fashion-MNIST, the object differs from the background by more than 5 %. Where it fills
+    # less than 1 % of a row or column, it is a speck.
     is_object = image > 0.05
     rows = (is_object.float().mean(dim=1) > 0.01).nonzero()
     columns = (is_object.float().mean(dim=0) > 0.01).nonzero()
-    if image.max() < 0.1 or len(rows) == 0 or len(columns) == 0:
-        raise ValueError("the object hardly differs from its background")
+    if len(rows) == 0 or len(columns) == 0:
+        return 0, image.shape[0], 0, image.shape[1]
     return rows.min().item(), rows.max().item() + 1, columns.min().item(), columns.max().item() + 1
 
 
@@ -264,8 +270,8 @@ def reduce(image, side):
 
 def resize(image, side):
     """Return an image [H, W] with `side` pixels on its longer side. Pixels are averaged."""
-    scale = side / max(image.shape)
-    height, width = (max(1, round(scale * length)) for length in image.shape)
+    factor = side / max(image.shape)
+    height, width = (max(1, round(factor * length)) for length in image.shape)
     return F.interpolate(image[None, None], (height, width), mode="bilinear", antialias=True)[0, 0]
 
 

@@ -734,8 +734,9 @@ def test_object_that_hardly_differs_from_its_background_is_refused(tmp_path):
     pale[20:40, 10:30] = 182
     speck = np.full((400, 400), 200.0)
     speck[200, 200] = 0
+    noise = 128 + np.random.default_rng(0).normal(0, 20, (400, 400))
     plain = [np.full((60, 40), float(value)) for value in (0, 128, 255)]
-    for gray in (pale, speck, *plain):
+    for gray in (pale, speck, noise, *plain):
         with pytest.raises(ValueError, match="the object hardly differs from its background"):
             image_of(gray, tmp_path / "pale.png")
 
@@ -1228,7 +1229,7 @@ def test_second_of_two_writers_stops_and_writes_nothing(previous, current, tmp_p
         assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("change", ["another config", "trained anew", "trained further"])
+@pytest.mark.parametrize("change", ["another option", "trained anew", "trained further"])
 def test_classification_is_written_only_if_the_run_is_still_the_same(
     change, copied_run, monkeypatch
 ):
@@ -1238,11 +1239,12 @@ def test_classification_is_written_only_if_the_run_is_still_the_same(
     fit = RandomForestClassifier.fit
 
     def change_run_and_fit(*arguments):
-        if change == "another config":
+        if change == "another option":
             edit_json(copied_run / CONFIG, seed=5)
         elif change == "trained anew":
             (copied_run / LOG).write_bytes(data.log_bytes([{**row, "seconds": 0.0} for row in log]))
         else:
+            edit_json(copied_run / CONFIG, epochs=3, device="cuda")
             (copied_run / LOG).write_bytes(data.log_bytes([*log, {**log[-1], "epoch": 3}]))
         return fit(*arguments)
 

@@ -102,7 +102,7 @@ def draw_prior_and_mixture(results, train_images):
 
 
 def enlarge_labels(grid):
-    """Return a grid of images with larger labels, which are not rotated."""
+    """Enlarge the labels of a grid of images, do not rotate them, and return the grid."""
     for axis in grid.axes:
         axis.yaxis.label.set(rotation=0, ha="right", va="center", fontsize=16)
         axis.title.set_fontsize(15)
@@ -221,16 +221,15 @@ def draw_accuracy(results):
     return figure
 
 
-def draw_dots(axis, rows, colors=None):
-    """Draw {title: values} as rows of dots, the first row at the top.
+def draw_dots(axis, rows, colors):
+    """Draw {title: values} as rows of dots in these colors, the first row at the top.
 
     The dots of a row are a little above each other, so that equal values can be seen.
     """
     for y, values in enumerate(rows.values()):
         spread = 0.04 * min(len(values) - 1, 8)
         heights = torch.linspace(y - spread, y + spread, len(values)).tolist()
-        color = colors[y] if colors else "C0"
-        axis.plot(list(values), heights, "o", color=color, alpha=0.6, markersize=5)
+        axis.plot(list(values), heights, "o", color=colors[y], alpha=0.6, markersize=5)
     axis.set_yticks(range(len(rows)), list(rows))
     axis.set_ylim(len(rows) - 0.4, -0.6)
     axis.grid(axis="x", alpha=0.3)
