@@ -512,7 +512,11 @@ def test_data_set_that_another_script_fetches_meanwhile_is_used(tmp_path, monkey
     assert {path.name: c for path, c in contents(tmp_path).items()} == other_files
 
 
-@pytest.mark.parametrize("error", [RuntimeError("Error downloading. Try again"), OSError(), None])
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("Error downloading. Try again"), OSError(), None],
+    ids=["torchvision gives up", "the disk fails", "files are missing"],
+)
 def test_failed_fetch_leaves_nothing(error, tmp_path, monkeypatch):
     root = tmp_path / "root"
     root.mkdir()
@@ -1212,21 +1216,25 @@ def test_published_run_is_refused_by_train_and_stays_as_it_is(name, copied_run):
     assert contents(copied_run) == before
 
 
-@pytest.mark.parametrize("previous", [None, b"what this process last wrote"])
-@pytest.mark.parametrize("current", [None, b"what another process wrote"])
-def test_second_of_two_writers_stops_and_writes_nothing(previous, current, tmp_path):
-    if current:
-        (tmp_path / STATE).write_bytes(current)
-    before = contents(tmp_path)
+def test_second_of_two_writers_stops_and_writes_nothing(tmp_path):
     model = nn.Linear(1, 1)
     optimizer = torch.optim.Adam(model.parameters())
-    arguments = (tmp_path, previous, {}, model, optimizer, [{"epoch": 1}])
-    if previous is None and current is None:
-        assert train.save(*arguments) == (tmp_path / STATE).read_bytes()
-    else:
+
+    def save(previous):
+        return train.save(tmp_path, previous, {}, model, optimizer, [{"epoch": 1}])
+
+    def refuse_to_save(previous):
+        before = contents(tmp_path)
         with pytest.raises(data.UserError, match="state.pth was removed, or written by another"):
-            train.save(*arguments)
+            save(previous)
         assert contents(tmp_path) == before
+
+    refuse_to_save(b"what this process last wrote")
+    content = save(None)
+    assert content == (tmp_path / STATE).read_bytes()
+    assert save(content) == (tmp_path / STATE).read_bytes()
+    refuse_to_save(None)
+    refuse_to_save(b"what this process last wrote")
 
 
 @pytest.mark.parametrize("change", ["another option", "trained anew", "trained further"])
