@@ -455,11 +455,11 @@ def page_numbers(results, rows):
     higher = mean(losses16) - mean(losses)
     lines.append(
         f"latent16: the test loss is {higher:.2f} nats higher than that of {REFERENCE}, "
-        f"p = {t_test(losses16, losses):.3f}"
+        f"p = {t_test(losses16, losses):.2g}"
     )
     distances = values_of(results["beta2"], "frechet_samples")
     p_value = t_test(distances, values_of(runs32, "frechet_samples"))
-    lines.append(f"beta2: Fréchet distance, p = {p_value:.3f}")
+    lines.append(f"beta2: Fréchet distance, p = {p_value:.2g}")
 
     # The first seed of β = 0.1 was evaluated on the test set before the others were trained.
     accuracies = values_of(results["beta0.1"], "accuracy")
