@@ -200,7 +200,8 @@ def read_picture(path):
     if -small.min() > small.max():
         darkness = -darkness
         background = 255 - background
-    # The background becomes 0, and a black object on white 1. A black background is not divided by.
+    # The background becomes 0, and a black object on white 1. Nothing is divided by a black
+    # background, which is 0.
     image = darkness / background.clamp(min=1)
 
     # Trim twice: first roughly, in a picture with four pixels for each of the result's 28, where
@@ -230,7 +231,7 @@ def read_gray(path):
 
     Raises ValueError if it cannot be read.
     """
-    # Some of Pillow's other formats start other programs.
+    # For some other formats, Pillow starts another program, such as Ghostscript.
     formats = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"]
     try:
         with Image.open(path, formats=formats) as file:
