@@ -962,6 +962,8 @@ def test_config_has_all_options_that_decide_the_result(finished, monkeypatch):
     # The rounding depends on the instructions that PyTorch uses and on the number of threads.
     expected["device"] = f"cpu ({torch.backends.cpu.get_cpu_capability()}, 1 thread)"
     assert read_json(finished / CONFIG) == expected
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert train.describe_device("cpu").endswith(", 2 threads)")
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
@@ -2631,10 +2633,28 @@ def test_numbers_in_the_text_occur_among_those_of_the_runs(printed_for_the_pages
     for folder, (title, _) in summary.FRONT_PAGE.items():
         count = len(published(folder, "frechet_samples"))
         assert re.search(rf"(seeds with samples:|,) {re.escape(title)} {count}(,|\n)", known)
+        assert count == (6 if folder == summary.REFERENCE else 3)
+    front_page = " ".join(page("README.md").split())
+    assert "six seeds of the report's network and three of each variant" in front_page
+    count = len(published(summary.REFERENCE, "accuracy"))
+    assert f"An accuracy of 86.46±0.27 % is typical (n = {count})" in front_page
     compared, bold = re.search(r"(\d+) comparisons, (\d+) of them bold", known).groups()
     assert f"Of {compared} comparisons, {bold} are bold" in text
     assert f"{comparison['only_latent_means']} are classified correctly only by the first" in text
     assert f"{comparison['only_pixels']} only by the second" in text
+
+
+def test_runs_that_are_the_same_training_have_the_losses_that_the_page_says():
+    for seed in range(4):
+        rates = [row["lr"] for row in log_of(ROOT / f"results/plateau/seed{seed}")]
+        assert rates == [5e-4] * 100  # as with a constant learning rate
+    plateau = log_of(ROOT / "results/plateau/seed3")
+    for row, longer in zip(plateau, log_of(ROOT / "results/epochs200/seed3")):
+        assert {**row, "seconds": 0} == {**longer, "seconds": 0}
+    plateau = log_of(ROOT / "results/plateau/seed1")[0]["train_loss"]
+    cosine = log_of(ROOT / "results/cosine/seed1")[0]["train_loss"]
+    text = " ".join(page("results/README.md").split())
+    assert f"have losses of {plateau:.3f} and {cosine:.3f}" in text
 
 
 def test_python_blocks_of_the_readme_run(tmp_path):
