@@ -2648,9 +2648,10 @@ def test_runs_that_are_the_same_training_have_the_losses_that_the_page_says():
     for seed in range(4):
         rates = [row["lr"] for row in log_of(ROOT / f"results/plateau/seed{seed}")]
         assert rates == [5e-4] * 100  # as with a constant learning rate
-    plateau = log_of(ROOT / "results/plateau/seed3")
-    for row, longer in zip(plateau, log_of(ROOT / "results/epochs200/seed3")):
-        assert {**row, "seconds": 0} == {**longer, "seconds": 0}
+    log = log_of(ROOT / "results/plateau/seed3")
+    longer_log = log_of(ROOT / "results/epochs200/seed3")
+    for row, other in zip(log, longer_log):
+        assert {**row, "seconds": 0} == {**other, "seconds": 0}
     plateau = log_of(ROOT / "results/plateau/seed1")[0]["train_loss"]
     cosine = log_of(ROOT / "results/cosine/seed1")[0]["train_loss"]
     text = " ".join(page("results/README.md").split())
